@@ -1,0 +1,123 @@
+"""Every field of a run, with its unit, its default and where the default comes from.
+
+The other files of this folder call `get_config` and override what differs. On the command line a
+field is overridden as `--config.batch_size=16` or `--config.backbone.name=resnet34`.
+
+Sources named below: "paper" is PRN (CVPR 2023, arXiv 2212.02031) as far as its abstract and Fig. 3
+say; "PRNet" is the public, unofficial PyTorch code (xcyao00/PRNet); "DiffusionAD" is the later,
+official code of PRN's first author; "ours" is our choice, made by measurement (docs/benchmarks.md)
+or for the reason given.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration that all others start from."""
+    config = ConfigDict()
+
+    # --- what to train -------------------------------------------------------------------------
+    # One category's name, or "all": every category that is found, one after another.
+    config.category = "all"
+    # Height and width in pixels, divisible by 32; one number means a square. Paper: 256x256.
+    config.image_size = (256, 256)
+    # Seen anomalies per category, of all defect types together (paper: 10). They train, and leave
+    # the test set. 0 is the unsupervised protocol: simulated anomalies only.
+    config.num_seen = 10
+    # Seed of the draw of the seen anomalies. 42 is DRA's and CPR's.
+    config.split_seed = 42
+    # Seed of everything else: initial values, prototypes, the sampling plan, every synthesis.
+    config.seed = 0
+
+    # --- where the data is ---------------------------------------------------------------------
+    config.data = ConfigDict()
+    # The TFDS builder: mvtec_ad, dagm2007, btad, kolektor_sdd2, folder, demo.
+    config.data.name = "mvtec_ad"
+    # The raw files: the folder that holds the category folders, as the official archive unpacks.
+    config.data.manual_dir = "~/data/mvtec_ad"
+    # Where the TFRecords go, local or gs://. TFDS's own default.
+    config.data.data_dir = "~/tensorflow_datasets"
+
+    # --- the network (paper, Fig. 3) -----------------------------------------------------------
+    config.backbone = ConfigDict()
+    # resnet18 (paper), resnet34, resnet50, wide_resnet50_2, efficientnet_lite0.
+    config.backbone.name = "resnet18"
+    # A hub id, a .safetensors, .npz or .pth file, "random", or "" for the backbone's own default
+    # (resnet18: timm/resnet18.tv_in1k, torchvision's IMAGENET1K_V1).
+    config.backbone.weights = ""
+    # Stages 1 to 3 are frozen: the prototypes are made with them. Stage 4 feeds only the decoder;
+    # whether the paper trains it is not known. MemSeg, its ancestor, does.
+    config.backbone.train_stage4 = True
+
+    config.prototypes = ConfigDict()
+    # Prototypes per training image and scale: K = max(1, int(ratio * N)). PRNet: 0.1.
+    config.prototypes.ratio = 0.1
+    # Lloyd iterations of k-means, at most; it stops when no assignment changes. Ours
+    # (scikit-learn's, which PRNet uses, stops at 300).
+    config.prototypes.iterations = 50
+
+    config.attention = ConfigDict()
+    # Attention layers per scale, N of Fig. 3. PRNet: 3.
+    config.attention.layers = 3
+    # The map is cut into d x d patches for each d; each d owns an equal share of the channels.
+    # Fig. 3 draws several sizes; PRNet's are H, H/2, H/4, H/8.
+    config.attention.divisions = (1, 2, 4, 8)
+
+    # --- the loss (PRNet and DiffusionAD agree) ------------------------------------------------
+    config.loss = ConfigDict()
+    config.loss.focal_weight = 5.0
+    config.loss.focal_alpha = 0.5
+    config.loss.focal_gamma = 4.0
+
+    # --- training ------------------------------------------------------------------------------
+    # Images per step over all devices and hosts. PRNet: 48; ours divides among more devices.
+    config.batch_size = 64
+    # Passes over the normal images: steps = epochs * N // (batch_size * normal share). PRNet: 700.
+    config.epochs = 700
+    # Steps, when > 0, whatever `epochs` says.
+    config.total_steps = 0
+    config.optimizer = ConfigDict()
+    # AdamW's peak learning rate, reached after the warm-up, then a cosine to 0. Ours.
+    config.optimizer.learning_rate = 1e-3
+    # Decoupled weight decay, on kernels only. Ours.
+    config.optimizer.weight_decay = 1e-2
+    # Share of the steps that warm up linearly (MemSeg: 0.1).
+    config.optimizer.warmup = 0.1
+    # The compute type: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU).
+    # Parameters, statistics, losses and the prototypes' distances are float32 always.
+    config.dtype = "auto"
+
+    # --- the sampling plan: shares of a batch (PRNet: half normal, a quarter each) ---------------
+    config.sampling = ConfigDict()
+    config.sampling.normal = 0.5
+    config.sampling.seen = 0.125
+    config.sampling.extended = 0.125
+    config.sampling.simulated = 0.25
+
+    # --- synthesis -------------------------------------------------------------------------------
+    config.synthesis = ConfigDict()
+    # Textures for simulated anomalies: "" (scikit-image's bundled ones and procedural ones), "dtd"
+    # (TFDS's own, prepared under data.data_dir) or a folder of images, searched recursively.
+    config.synthesis.textures = ""
+
+    # --- scoring and evaluation ------------------------------------------------------------------
+    # The score of an image is the mean of its highest pixels: this many at 256x256, in proportion
+    # to the area at other sizes. PRNet: 100; DiffusionAD: 50.
+    config.score_pixels = 100
+    # Evaluate on the test split every so many steps, for curves only; 0: only at the end. The
+    # last checkpoint counts, always.
+    config.eval_every = 0
+    # Images per evaluation batch over all devices.
+    config.eval_batch_size = 32
+
+    # --- logs and checkpoints --------------------------------------------------------------------
+    # Steps between two progress lines and TensorBoard points.
+    config.log_every = 10
+    # Steps and minutes between two checkpoints, whichever comes first; 0 switches one off. The
+    # last step is always saved.
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 500
+    config.checkpoint.every_minutes = 10.0
+    # Checkpoints kept, the newest first.
+    config.checkpoint.keep = 2
+    return config

@@ -1,0 +1,161 @@
+"""Checkpoints: saved by Orbax in the background; one is everything that prediction needs.
+
+A checkpoint has three items: `model` (params, batch_stats, backbone, prototypes), `optimizer`
+(its state and the step) and `config` (JSON). Orbax writes each under a temporary name and renames
+it when it is complete, so a process killed while saving leaves the previous checkpoint whole.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+
+from prn_jax.errors import UserError
+
+Tree = Any
+
+# Fields that may change between a run and its continuation: they say where things are, how often
+# something is written, or how evaluation is cut into batches, and change no parameter.
+FREE_FIELDS = (
+    "category",
+    "checkpoint",
+    "data.data_dir",
+    "data.manual_dir",
+    "epochs",
+    "eval_batch_size",
+    "eval_every",
+    "log_every",
+    "score_pixels",
+    "total_steps",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run (one category), newest last.
+
+    Args:
+      folder: where they lie, local or `gs://`; absolute.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, keep: int = 2):
+        self.folder = epath.Path(folder)
+        with _writable(self.folder):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, enable_async_checkpointing=True
+                ),
+                item_names=("model", "optimizer", "config"),
+            )
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, None without one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, model: Tree, optimizer: Tree, config: dict) -> None:
+        """Starts to save; returns when the arrays are copied from the device."""
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(model),
+            optimizer=ocp.args.StandardSave(optimizer),
+            config=ocp.args.JsonSave(config),
+        )
+        with _writable(self.folder):
+            self._manager.save(step, args=items)
+
+    def restore(self, model: Tree, optimizer: Tree, step: int | None = None) -> tuple[Tree, Tree]:
+        """Reads a checkpoint (the newest by default) into trees like the given ones.
+
+        The given leaves, arrays or `jax.ShapeDtypeStruct`s with a sharding, say where each array
+        is to lie.
+        """
+        restored = self._manager.restore(
+            self.latest_step() if step is None else step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(model),
+                optimizer=ocp.args.StandardRestore(optimizer),
+            ),
+        )
+        return restored.model, restored.optimizer
+
+    def restore_model(self, step: int | None = None) -> Tree:
+        """Reads only what prediction needs, as NumPy arrays."""
+        step = self.latest_step() if step is None else step
+        metadata = self._manager.item_metadata(step).model
+        abstract = jax.tree.map(lambda x: ocp.utils.to_shape_dtype_struct(x), metadata)
+        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), abstract
+        )
+        items = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=items).model
+
+    def config(self, step: int | None = None) -> dict:
+        """The configuration that a checkpoint was made with."""
+        items = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return self._manager.restore(
+            self.latest_step() if step is None else step, args=items
+        ).config
+
+    def wait(self) -> None:
+        """Waits until what is being saved is on disk."""
+        with _writable(self.folder):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and frees the background threads."""
+        with _writable(self.folder):
+            self._manager.close()
+
+
+def as_dict(config: ConfigDict) -> dict:
+    """A configuration as plain JSON types."""
+    return json.loads(config.to_json())
+
+
+def check_same(saved: dict, config: dict, where: str) -> None:
+    """Refuses to go on where a field that matters has changed.
+
+    Raises:
+      UserError: naming the fields, their old and their new values.
+    """
+    old, new = _flatten(saved), _flatten(config)
+    changed = [
+        f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "absent") != new.get(name, "absent")
+        and not any(name == free or name.startswith(free + ".") for free in FREE_FIELDS)
+    ]
+    if changed:
+        raise UserError(
+            f"{where} was made with another configuration ({'; '.join(changed)}): give another "
+            "--workdir, set the field back, or pass --allow_config_change"
+        )
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+@contextlib.contextmanager
+def _writable(folder: epath.Path) -> Iterator[None]:
+    """Turns a full disk or a missing permission into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoints to {folder}: {error.strerror or error}; "
+            "free some space or give another --workdir (earlier checkpoints are kept)"
+        ) from error

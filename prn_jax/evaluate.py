@@ -1,0 +1,103 @@
+"""Evaluation: anomaly maps and scores of a test split, and what they are worth."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from prn_jax import mesh as meshes
+from prn_jax.models.prn import PRN
+
+Tree = Any
+
+
+def image_score(maps: Float[Array, "b h w"], pixels: int) -> Float[Array, " b"]:
+    """Mean of the highest pixels of each map.
+
+    Args:
+      maps: anomaly maps in [0, 1].
+      pixels: how many at 256x256; in proportion to the area at other sizes, at least 1.
+    """
+    area = maps.shape[1] * maps.shape[2]
+    count = min(area, max(1, round(pixels * area / 256**2)))
+    return jnp.mean(jax.lax.top_k(maps.reshape(maps.shape[0], -1), count)[0], axis=1)
+
+
+def make_eval_step(
+    model: PRN, score_pixels: int, mesh: Mesh
+) -> Callable[[Tree, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The jitted step: `(variables, image) -> (maps, scores)`, mapped over `data`."""
+
+    def step(variables, image):
+        maps = jax.nn.sigmoid(model.apply(variables, image))
+        return maps, image_score(maps, score_pixels)
+
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P("data"))
+    )
+    return jax.jit(mapped)
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_step(model: PRN, score_pixels: int, mesh: Mesh):
+    return make_eval_step(model, score_pixels, mesh)
+
+
+def predict(
+    model: PRN,
+    variables: Tree,
+    images: np.ndarray,
+    mesh: Mesh,
+    *,
+    batch_size: int = 32,
+    score_pixels: int = 100,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Anomaly maps and scores of images that every process holds.
+
+    The last batch is filled up with blank images whose results are dropped: each image counts
+    once, whatever the number of devices.
+
+    Args:
+      model: the network.
+      variables: its collections, on the devices.
+      images: uint8 [n, h, w, 3].
+      mesh: devices.
+      batch_size: images at a time over all devices; rounded up to a multiple of their number.
+      score_pixels: see `image_score`.
+      progress: show a bar.
+
+    Returns:
+      Maps [n, h, w] float32 in [0, 1] and scores [n] float32 in [0, 1].
+    """
+    step = _cached_step(model, score_pixels, mesh)
+    size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
+    maps = np.empty(images.shape[:3], np.float32)
+    scores = np.empty(len(images), np.float32)
+    pending = []
+    bar = tqdm(total=len(images), unit="image", disable=not progress, dynamic_ncols=True)
+    with bar:
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            count = len(batch)
+            if count < size:
+                blank = np.zeros((size - count, *images.shape[1:]), images.dtype)
+                batch = np.concatenate([batch, blank])
+            # One batch is computed while the results of the one before it are fetched.
+            pending.append((start, count, step(variables, meshes.shard_same(mesh, batch))))
+            if len(pending) > 1 or start + size >= len(images):
+                while pending:
+                    first, number, results = pending.pop(0)
+                    maps[first : first + number] = meshes.gather(results[0])[:number]
+                    scores[first : first + number] = meshes.gather(results[1])[:number]
+                    bar.update(number)
+                    if start + size < len(images):
+                        break
+    return maps, scores

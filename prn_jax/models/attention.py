@@ -1,0 +1,99 @@
+"""Multi-size self-attention (MSA, Fig. 3): attention among patches of several sizes.
+
+Fig. 3 cuts the map into patches of several sizes, gives each size its own self-attention, merges
+them by a conv, and repeats the whole N times. The projections follow STTN: 1x1 convs on the map
+before it is cut, the channels shared out over the sizes, logits scaled by 1/sqrt(d).
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from prn_jax.models.layers import Dtype
+
+
+class MultiSizeAttention(nn.Module):
+    """One layer: attention per patch size, a 3x3 conv that merges them, and a skip connection.
+
+    Attributes:
+      divisions: the map is cut into d x d patches for each d. Each owns an equal share of the
+        channels (the first ones take what does not divide).
+      dtype: compute type; the softmax is float32.
+    """
+
+    divisions: tuple[int, ...] = (1, 2, 4, 8)
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        channels = x.shape[-1]
+        shares = _shares(channels, len(self.divisions))
+        # A single patch attends to itself with weight 1 whatever its query and key are: it gets
+        # neither, instead of parameters without a gradient.
+        paired = [0 if d == 1 else share for d, share in zip(self.divisions, shares)]
+        projected = nn.Conv(channels + 2 * sum(paired), (1, 1), dtype=self.dtype, name="qkv")(x)
+        values = _split(projected[..., :channels], shares)
+        queries = _split(projected[..., channels : channels + sum(paired)], paired)
+        keys = _split(projected[..., channels + sum(paired) :], paired)
+        heads = [
+            v if d == 1 else attend(q, k, v, d)
+            for d, q, k, v in zip(self.divisions, queries, keys, values)
+        ]
+        merged = nn.Conv(channels, (3, 3), dtype=self.dtype, name="merge")(
+            jnp.concatenate(heads, axis=-1)
+        )
+        return x + nn.leaky_relu(merged, 0.2)
+
+
+def attend(
+    query: Float[Array, "b h w c"],
+    key: Float[Array, "b h w c"],
+    value: Float[Array, "b h w c"],
+    divisions: int,
+) -> Float[Array, "b h w c"]:
+    """Self-attention among `divisions` x `divisions` patches of a map.
+
+    A map that does not divide is padded with zeros at the bottom and the right to whole patches;
+    there are then as many patches as hold any of the map, and the padding is cut off again.
+    """
+    height, width = value.shape[1:3]
+    patch = (math.ceil(height / divisions), math.ceil(width / divisions))
+    tokens = [_to_patches(x, patch) for x in (query, key, value)]
+    scale = 1.0 / math.sqrt(tokens[0].shape[-1])
+    logits = jnp.einsum(
+        "bqd,bkd->bqk", tokens[0], tokens[1], preferred_element_type=jnp.float32
+    )
+    weights = jax.nn.softmax(logits * scale, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bqk,bkd->bqd", weights, tokens[2])
+    return _from_patches(mixed, patch, value.shape)
+
+
+def _to_patches(x: Array, patch: tuple[int, int]) -> Array:
+    """Cuts [b, h, w, c] into [b, patches, patch pixels * c]."""
+    batch, height, width, channels = x.shape
+    rows, columns = math.ceil(height / patch[0]), math.ceil(width / patch[1])
+    padding = (rows * patch[0] - height, columns * patch[1] - width)
+    x = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
+    x = x.reshape(batch, rows, patch[0], columns, patch[1], channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+
+
+def _from_patches(x: Array, patch: tuple[int, int], shape: tuple[int, ...]) -> Array:
+    """Undoes `_to_patches` for maps of the given shape."""
+    batch, height, width, channels = shape
+    rows, columns = math.ceil(height / patch[0]), math.ceil(width / patch[1])
+    x = x.reshape(batch, rows, columns, patch[0], patch[1], channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * patch[0], columns * patch[1], -1)
+    return x[:, :height, :width]
+
+
+def _shares(channels: int, groups: int) -> list[int]:
+    return [channels // groups + (i < channels % groups) for i in range(groups)]
+
+
+def _split(x: Array, shares: list[int]) -> list[Array]:
+    ends = [sum(shares[: i + 1]) for i in range(len(shares))]
+    return [x[..., end - share : end] for share, end in zip(shares, ends)]

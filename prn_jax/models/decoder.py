@@ -1,0 +1,52 @@
+"""The decoder (the right of Fig. 3): from stage 4 up to one logit per pixel.
+
+UNet-like: stage 4 is brought up level by level, joined with the fused map of each scale, and at
+last brought to the size of the image. Fig. 3 shows the levels; the convs follow PRNet, but for the
+last two doublings, which narrow the channels step by step so that full resolution costs little.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from prn_jax.models.layers import ConvNormReLU, Dtype, upsample
+
+
+class Decoder(nn.Module):
+    """Stage 4 and the fused maps -> logits at the size of the image.
+
+    Attributes:
+      channels: width of the levels at strides 4, 8 and 16.
+      dtype: compute type; the logits are float32.
+    """
+
+    channels: tuple[int, ...] = (64, 128, 256)
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        deepest: Float[Array, "b h w c"],
+        fused: tuple[Float[Array, "..."], ...],
+        train: bool,
+    ) -> Float[Array, "b height width"]:
+        """Decodes.
+
+        Args:
+          deepest: stage 4 of the backbone, stride 32.
+          fused: the maps of the last fusion, strides 4, 8, 16.
+          train: batch statistics (True) or running ones.
+
+        Returns:
+          Logits [b, 32 * h, 32 * w], float32.
+        """
+        x = deepest
+        for width, skip in zip(reversed(self.channels), reversed(fused)):
+            x = upsample(nn.Conv(width, (1, 1), dtype=self.dtype)(x))
+            x = jnp.concatenate([x, skip.astype(x.dtype)], axis=-1)
+            x = ConvNormReLU(width, self.dtype)(x, train)
+            x = ConvNormReLU(width, self.dtype)(x, train)
+        for width in (self.channels[0] // 2, self.channels[0] // 4):
+            x = upsample(nn.Conv(width, (1, 1), dtype=self.dtype)(x))
+            x = ConvNormReLU(width, self.dtype)(x, train)
+        return nn.Conv(1, (3, 3), dtype=jnp.float32, name="logit")(x)[..., 0]

@@ -1,0 +1,65 @@
+"""Small pieces that several blocks share: a conv, a conv with batch norm, and x2 upsampling."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Dtype = Any
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+
+
+class ConvNormReLU(nn.Module):
+    """3x3 conv, batch norm, ReLU.
+
+    In training the statistics are those of the global batch, over all devices of the mesh axis
+    `data`, so that one device and eight compute the same function.
+
+    Attributes:
+      features: output channels.
+      dtype: compute type; statistics and parameters are float32.
+    """
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w o"]:
+        x = nn.Conv(
+            self.features, (3, 3), use_bias=False, kernel_init=he_normal, dtype=self.dtype
+        )(x)
+        x = nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, axis_name="data", dtype=self.dtype
+        )(x)
+        return nn.relu(x)
+
+
+def upsample(x: Float[Array, "b h w c"], doublings: int = 1) -> Float[Array, "b h2 w2 c"]:
+    """Bilinear upsampling by two, `doublings` times, with half-pixel centres.
+
+    Written as two weighted shifts per axis: XLA fuses them into one pass over memory, where a
+    general resize multiplies by a dense matrix.
+
+    Args:
+      x: maps [b, h, w, c].
+      doublings: how many times height and width double.
+
+    Returns:
+      Maps [b, h * 2**doublings, w * 2**doublings, c].
+    """
+    for _ in range(doublings):
+        x = _double(_double(x, axis=1), axis=2)
+    return x
+
+
+def _double(x: Array, axis: int) -> Array:
+    """Doubles one spatial axis: each pixel yields two, a quarter pixel to either side of it."""
+    size = x.shape[axis]
+    first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = jax.lax.slice_in_dim(x, size - 1, size, axis=axis)
+    before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis)
+    after = jnp.concatenate([jax.lax.slice_in_dim(x, 1, size, axis=axis), last], axis)
+    pair = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=axis + 1)
+    return pair.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])

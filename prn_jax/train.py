@@ -1,0 +1,488 @@
+"""Training: state, optimiser, the jitted step mapped over the mesh, prototypes, the loop.
+
+Nothing here imports TensorFlow: batches come in as NumPy arrays and metrics go out to a writer,
+whoever made them.
+"""
+
+import dataclasses
+import functools
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from prn_jax import losses, mesh as meshes, pretrained
+from prn_jax.checkpoints import Checkpoints, as_dict, check_same
+from prn_jax.errors import UserError
+from prn_jax.models.prn import SCALES, PRN, create_model
+from prn_jax.models.prototypes import k_means, num_prototypes
+
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+      step: steps done, int32.
+      params: trained parameters.
+      batch_stats: running statistics of the decoder's batch norms.
+      opt_state: the optimiser's.
+    """
+
+    step: jax.Array
+    params: Tree
+    batch_stats: Tree
+    opt_state: Tree
+
+
+class Interrupted(Exception):
+    """SIGTERM came; the run is saved and can go on."""
+
+
+# --- schedule and optimiser ----------------------------------------------------------------------
+
+
+def total_steps(config: ConfigDict, num_normal: int) -> int:
+    """Steps of a run: `config.total_steps`, or `config.epochs` passes over the normal images."""
+    if config.total_steps > 0:
+        return config.total_steps
+    per_step = max(1, round(config.batch_size * config.sampling.normal))
+    return max(1, config.epochs * num_normal // per_step)
+
+
+def create_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine to 0 at the last step."""
+    warmup = max(1, int(config.optimizer.warmup * steps))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.optimizer.learning_rate, warmup, max(steps, warmup + 1)
+    )
+
+
+def create_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW; weight decay acts on kernels only, not on biases and batch norms."""
+
+    def is_kernel(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    return optax.adamw(
+        create_schedule(config, steps),
+        weight_decay=config.optimizer.weight_decay,
+        mask=is_kernel,
+    )
+
+
+# --- initial state and prototypes ------------------------------------------------------------------
+
+
+def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
+    """Initial `params` and `batch_stats`, and the pretrained `backbone`, on the host.
+
+    Random values come from `config.seed` alone and are made on the CPU's generator, so that
+    they do not depend on the devices.
+    """
+    height, width = config.image_size
+    image = jnp.zeros((1, height, width, 3), jnp.uint8)
+    variables = jax.jit(model.init)(jax.random.key(config.seed), image)
+    weights = pretrained.load_backbone(
+        config.backbone.name,
+        config.backbone.weights,
+        train_stage4=config.backbone.train_stage4,
+        seed=config.seed,
+    )
+    params = dict(variables["params"])
+    if weights["params"]:
+        params["backbone"] = weights["params"]
+    return jax.device_get(
+        {
+            "params": params,
+            "batch_stats": variables["batch_stats"],
+            "backbone": {"backbone": weights["backbone"]},
+        }
+    )
+
+
+def fit_prototypes(
+    config: ConfigDict, model: PRN, backbone: Tree, images: np.ndarray, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Clusters the frozen feature maps of the normal images, each scale by itself.
+
+    Args:
+      config: see configs/default.py.
+      model: the network.
+      backbone: the `backbone` and, for stage 4, `params` collections.
+      images: normal training images, uint8 [n, h, w, 3], the same on every process.
+      mesh: devices.
+
+    Returns:
+      The `prototypes` collection: `scale_i/maps`, [k, h, w, c] float32, on every device.
+    """
+    extract = jax.jit(
+        jax.shard_map(
+            lambda variables, image: model.apply(variables, image, method="features"),
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P("data"),
+        )
+    )
+    size = -(-min(config.eval_batch_size, len(images)) // mesh.size) * mesh.size
+    batches = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        padded = np.concatenate([batch, np.zeros_like(images[:1]).repeat(size - len(batch), 0)])
+        maps = extract(backbone, meshes.shard_same(mesh, padded))
+        batches.append([meshes.gather(x)[: len(batch)] for x in maps])
+    key = jax.random.key(config.seed)
+    result = {}
+    for scale in range(SCALES):
+        maps = np.concatenate([batch.pop(0) for batch in batches])
+        centres = k_means(
+            maps.reshape(len(maps), -1),
+            model.num_prototypes,
+            jax.random.fold_in(key, scale),
+            mesh,
+            config.prototypes.iterations,
+        )
+        result[f"scale_{scale}"] = {"maps": centres.reshape(-1, *maps.shape[1:])}
+    return result
+
+
+# --- the step --------------------------------------------------------------------------------------
+
+
+def make_train_step(
+    config: ConfigDict, model: PRN, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Tree, Tree], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step: `(state, frozen, batch) -> (state, losses)`.
+
+    `frozen` holds the collections `backbone` and `prototypes`; `batch` holds `image` uint8
+    [b, h, w, 3] and `mask` uint8 [b, h, w], split over the mesh axis `data`. The state is donated.
+    """
+
+    def loss_fn(params, batch_stats, frozen, batch):
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats, **frozen},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        mask = batch["mask"].astype(jnp.float32)
+        smooth_l1 = losses.smooth_l1(logits, mask)
+        focal = losses.focal(logits, mask, config.loss.focal_alpha, config.loss.focal_gamma)
+        loss = smooth_l1 + config.loss.focal_weight * focal
+        # Averaged before it is differentiated, so that the gradient is the global batch's.
+        values = {"loss": loss, "smooth_l1": smooth_l1, "focal": focal}
+        values = jax.lax.pmean(values, "data")
+        return values["loss"], (values, updates["batch_stats"])
+
+    def step(state, frozen, batch):
+        gradient, (values, batch_stats) = jax.grad(loss_fn, has_aux=True)(
+            state.params, state.batch_stats, frozen, batch
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), values
+
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P())
+    )
+    return jax.jit(mapped, donate_argnums=0)
+
+
+# --- the loop --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network.
+
+    Attributes:
+      model: the module.
+      variables: all collections it needs to predict, on every device of the mesh.
+      step: steps it was trained for.
+      timing: seconds of training in this process, and steps done in it.
+    """
+
+    model: PRN
+    variables: dict[str, Tree]
+    step: int
+    timing: dict[str, float]
+
+
+def train(
+    config: ConfigDict,
+    normal_images: np.ndarray,
+    make_batches: Callable[[int, int], Iterable[dict[str, np.ndarray]]],
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    *,
+    write_scalars: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
+    evaluate: Callable[[int, PRN, dict[str, Tree]], None] | None = None,
+    allow_config_change: bool = False,
+) -> Trained:
+    """Trains one category to its last step, from the newest checkpoint if there is one.
+
+    Args:
+      config: see configs/default.py.
+      normal_images: uint8 [n, h, w, 3]; prototypes are made of them.
+      make_batches: `(start_step, steps) -> batches` of this process, from `start_step` on.
+      checkpoints: where the run is saved and resumed from.
+      mesh: devices.
+      write_scalars: receives the losses of a log step.
+      evaluate: called with the step and the network every `config.eval_every` steps.
+      allow_config_change: go on although the checkpoint's configuration differs.
+
+    Raises:
+      UserError: the batch does not divide, the configuration differs, or the loss is not finite.
+      Interrupted: after SIGTERM, when the run is saved.
+    """
+    meshes.check_batch_size("batch_size", config.batch_size, mesh)
+    steps = total_steps(config, len(normal_images))
+    model = create_model(config, num_prototypes(len(normal_images), config.prototypes.ratio))
+    optimizer = create_optimizer(config, steps)
+    state, frozen = _start(
+        config, steps, model, optimizer, normal_images, checkpoints, mesh, allow_config_change
+    )
+    train_step = make_train_step(config, model, optimizer, mesh)
+    start = int(state.step)
+    saved_config = as_dict(config) | {"steps": steps}
+
+    def save(step: int) -> None:
+        network = {"params": state.params, "batch_stats": state.batch_stats, **frozen}
+        optimizer_state = {"step": state.step, "opt_state": state.opt_state}
+        checkpoints.save(step, network, optimizer_state, saved_config)
+
+    progress = _Progress(config, start, steps, create_schedule(config, steps), write_scalars)
+    last_save = time.monotonic()
+    began = time.monotonic()
+    batches = _prefetch(mesh, make_batches(start, steps)) if start < steps else iter(())
+    with _Termination() as termination, progress:
+        for step, batch in enumerate(batches, start=start + 1):
+            state, values = train_step(state, frozen, batch)
+            progress.update(step, values)
+            is_log_step = step % config.log_every == 0
+            stop = termination.requested(step)
+            due = _due(step, config.checkpoint.every_steps)
+            if is_log_step and config.checkpoint.every_minutes:
+                late = time.monotonic() - last_save > 60.0 * config.checkpoint.every_minutes
+                due |= meshes.agree(late)
+            if due or stop or step == steps:
+                progress.check(step)
+                save(step)
+                last_save = time.monotonic()
+            if stop and step < steps:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"stopped at step {step} of {steps} and saved; the same command goes on"
+                )
+            if evaluate and _due(step, config.eval_every) and step < steps:
+                evaluate(step, model, _collections(state, frozen))
+    checkpoints.wait()
+    jax.block_until_ready(state.params)
+    timing = {"train_seconds": time.monotonic() - began, "train_steps": steps - start}
+    return Trained(model, _collections(state, frozen), steps, timing)
+
+
+def _collections(state: TrainState, frozen: Tree) -> dict[str, Tree]:
+    return {"params": state.params, "batch_stats": state.batch_stats, **frozen}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _start(
+    config, steps, model, optimizer, normal_images, checkpoints, mesh, allow_config_change
+) -> tuple[TrainState, Tree]:
+    """The newest checkpoint's state, or a fresh one with its prototypes."""
+    resumed_from = checkpoints.latest_step()
+    if resumed_from is not None:
+        saved = checkpoints.config()
+        if not allow_config_change:
+            where = f"the checkpoint of step {resumed_from} in {checkpoints.folder}"
+            check_same(saved, as_dict(config) | {"steps": steps}, where)
+        network, optimizer_state = _abstract(config, model, optimizer, mesh)
+        network, optimizer_state = checkpoints.restore(network, optimizer_state)
+        logging.info("resumed from step %d of %d", resumed_from, steps)
+        state = TrainState(
+            optimizer_state["step"],
+            network["params"],
+            network["batch_stats"],
+            optimizer_state["opt_state"],
+        )
+        return state, {"backbone": network["backbone"], "prototypes": network["prototypes"]}
+    variables = meshes.replicate(mesh, create_variables(config, model))
+    began = time.monotonic()
+    encoder = {
+        "backbone": variables["backbone"],
+        "params": {"backbone": variables["params"].get("backbone", {})},
+    }
+    stored = fit_prototypes(config, model, encoder, normal_images, mesh)
+    logging.info(
+        "%d prototypes per scale from %d normal images in %.1f s",
+        model.num_prototypes,
+        len(normal_images),
+        time.monotonic() - began,
+    )
+    state = TrainState(
+        meshes.replicate(mesh, jnp.zeros((), jnp.int32)),
+        variables["params"],
+        variables["batch_stats"],
+        meshes.replicate(mesh, jax.jit(optimizer.init)(variables["params"])),
+    )
+    return state, {"backbone": variables["backbone"], "prototypes": stored}
+
+
+def _abstract(config, model, optimizer, mesh) -> tuple[Tree, Tree]:
+    """Shapes, types and places of a checkpoint's arrays."""
+    height, width = config.image_size
+    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    network = dict(jax.eval_shape(model.init, jax.random.key(0), image))
+    opt_state = jax.eval_shape(optimizer.init, network["params"])
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    everywhere = jax.sharding.NamedSharding(mesh, P())
+    place = functools.partial(
+        jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+    )
+    return place(network), place({"step": step, "opt_state": opt_state})
+
+
+def _prefetch(mesh: Mesh, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Tree]:
+    """Puts each next batch on the devices while the current step runs."""
+    ahead = None
+    for batch in batches:
+        following = meshes.shard(mesh, {name: batch[name] for name in ("image", "mask")})
+        if ahead is not None:
+            yield ahead
+        ahead = following
+    if ahead is not None:
+        yield ahead
+
+
+class _Progress:
+    """Losses, learning rate, images/s and the time to go: a bar on a terminal, else lines."""
+
+    def __init__(self, config, start, steps, schedule, write_scalars):
+        self._config, self._steps, self._schedule = config, steps, schedule
+        self._write_scalars = write_scalars
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (meshes.is_main() and sys.stderr.isatty()),
+        )
+        self._mark: tuple[int, float] | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def update(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Notes a step's losses without waiting for them; reports at log steps."""
+        self._pending.append((step, values))
+        self._bar.update()
+        if self._mark is None:
+            # The first step compiles; the pace is measured from its end.
+            jax.block_until_ready(values)
+            self._mark = (step, time.monotonic())
+        if step % self._config.log_every == 0 or step == self._steps:
+            # All but the newest are done or nearly: the device is never left without work.
+            self._report(step, self._fetch(keep=0 if step == self._steps else 1))
+
+    def check(self, step: int) -> None:
+        """Raises unless every loss up to this step is finite."""
+        self._fetch(keep=0, consume=False)
+
+    def _fetch(self, keep: int, consume: bool = True) -> list[dict[str, float]]:
+        count = len(self._pending) - keep
+        fetched = jax.device_get(self._pending[:count])
+        for step, values in fetched:
+            if not np.isfinite(values["loss"]):
+                raise UserError(
+                    f"the loss is {values['loss']} at step {step}; nothing was saved after it. "
+                    "Lower optimizer.learning_rate, or set dtype=float32"
+                )
+        if consume:
+            self._pending = self._pending[count:]
+        return [values for _, values in fetched]
+
+    def _report(self, step: int, fetched: list[dict[str, float]]) -> None:
+        if not fetched:
+            return
+        now = time.monotonic()
+        means = {name: float(np.mean([x[name] for x in fetched])) for name in fetched[0]}
+        since, began = self._mark
+        pace = (step - since) / (now - began) if step > since else 0.0
+        scalars = means | {
+            "learning_rate": float(self._schedule(step - 1)),
+            "images_per_second": pace * self._config.batch_size,
+        }
+        self._write_scalars(step, scalars)
+        self._mark = (step, now)
+        to_go = (self._steps - step) / pace if pace else float("nan")
+        line = (
+            f"step {step}/{self._steps}  loss {means['loss']:.4f} "
+            f"(smooth L1 {means['smooth_l1']:.4f}, focal {means['focal']:.5f})  "
+            f"lr {scalars['learning_rate']:.2e}  "
+            f"{scalars['images_per_second']:.1f} images/s  ETA {_duration(to_go)}"
+        )
+        if self._bar.disable:
+            logging.info("%s", line)
+        else:
+            self._bar.set_postfix_str(f"loss {means['loss']:.4f}")
+            if step == self._steps:
+                tqdm.write(line, file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    if not np.isfinite(seconds):
+        return "--:--"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _Termination:
+    """Notices SIGTERM (preemption, `kill`, a job's time limit) without losing the step under way."""
+
+    def __enter__(self):
+        self._came = False
+        # With several hosts JAX's own preemption notice makes all agree on the step.
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            try:
+                self._previous = signal.signal(signal.SIGTERM, self._note)
+            except ValueError:  # not the main thread: nobody can send us the signal
+                self._alone = False
+        return self
+
+    def __exit__(self, *_):
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, *_):
+        self._came = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop after this step; the same on every process."""
+        if jax.process_count() == 1:
+            return self._came
+        return multihost_utils.reached_preemption_sync_point(step)

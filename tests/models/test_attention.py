@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prn_jax.models import attention
+
+
+def plain(query, key, value, divisions):
+    """The same attention in float64, patch by patch; the map divides evenly."""
+    batch, height, width, channels = value.shape
+    rows, columns = height // divisions, width // divisions
+    boxes = [
+        (slice(r, r + rows), slice(c, c + columns))
+        for r in range(0, height, rows)
+        for c in range(0, width, columns)
+    ]
+    out = np.zeros_like(value, np.float64)
+    for b in range(batch):
+        for box in boxes:
+            logits = np.array([np.vdot(query[b][box], key[b][other]) for other in boxes])
+            weights = np.exp(logits / np.sqrt(rows * columns * channels))
+            weights /= weights.sum()
+            out[b][box] = sum(w * value[b][other] for w, other in zip(weights, boxes))
+    return out
+
+
+@pytest.mark.parametrize("divisions", [1, 2, 4])
+def test_attend_equals_plain_attention(divisions):
+    rng = np.random.default_rng(divisions)
+    q, k, v = rng.normal(size=(3, 2, 8, 12, 3))
+    expected = plain(q, k, v, divisions)
+    np.testing.assert_allclose(
+        attention.attend(*(jnp.float32(x) for x in (q, k, v)), divisions), expected, atol=1e-5
+    )
+
+
+def test_a_map_that_does_not_divide_is_padded():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 1, 7, 5, 2)).astype(np.float32)
+    padding = ((0, 0), (0, 1), (0, 1), (0, 0))
+    padded = [np.pad(x, padding) for x in (q, k, v)]
+    # 7x5 with 4 divisions: patches of 2x2, hence 4x3 of them, the padded map 8x6.
+    boxes = [(slice(r, r + 2), slice(c, c + 2)) for r in range(0, 8, 2) for c in range(0, 6, 2)]
+    out = np.zeros_like(padded[2])
+    for box in boxes:
+        logits = np.array([np.vdot(padded[0][0][box], padded[1][0][o]) for o in boxes])
+        weights = np.exp(logits / np.sqrt(8))
+        out[0][box] = sum(w * padded[2][0][o] for w, o in zip(weights / weights.sum(), boxes))
+    np.testing.assert_allclose(attention.attend(*map(jnp.asarray, (q, k, v)), 4), out[:, :7, :5], atol=1e-5)
+
+
+@pytest.mark.parametrize("divisions", [(1, 2, 4, 8), (2, 4), (1, 2, 4)])
+def test_every_parameter_gets_a_gradient(divisions):
+    layer = attention.MultiSizeAttention(divisions)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 10))
+    variables = jax.jit(layer.init)(jax.random.key(1), x)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(jnp.square(layer.apply(v, x)))))(variables)
+    for leaf in jax.tree.leaves(gradient):
+        # Each output channel of each conv: no projection is dead (a key's bias shifts all logits
+        # of a query alike, so it is left out).
+        if leaf.ndim == 4:
+            assert np.all(np.abs(leaf).sum(axis=(0, 1, 2)) > 0)
+    assert layer.apply(variables, x).shape == x.shape
