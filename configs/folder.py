@@ -1,0 +1,16 @@
+"""Your own images, in the layout of docs/datasets.md.
+
+python launch/main.py --config=configs/folder.py --config.data.manual_dir=/path/to/images
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Returns the default with your folder; without defects, add --config.num_seen=0."""
+    config = default.get_config()
+    config.data.name = "folder"
+    config.data.manual_dir = "~/data/my_products"
+    return config

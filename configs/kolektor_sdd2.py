@@ -1,0 +1,17 @@
+"""KolektorSDD2, at about its own proportions. The seen anomalies come from the training part."""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Returns the default with KolektorSDD2's folder and image size."""
+    config = default.get_config()
+    config.data.name = "kolektor_sdd2"
+    config.data.manual_dir = "~/data/KolektorSDD2"
+    # Its images are about 630 high and 230 wide.
+    config.image_size = (640, 224)
+    # 2.2 times the pixels of 256x256.
+    config.batch_size = 32
+    return config

@@ -1,0 +1,75 @@
+"""What is on disk: one TFDS builder per benchmark, one record format (see `base`).
+
+The benchmarks are those of PRN's experiments (MVTec AD, DAGM 2007, BeanTech AD, KolektorSDD2), a
+demo that needs no files, and `folder` for anybody's own images.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable
+
+from prn_jax.datasets.base import AnomalyBuilder
+from prn_jax.datasets.btad import Btad
+from prn_jax.datasets.dagm2007 import Dagm2007
+from prn_jax.datasets.demo import Demo
+from prn_jax.datasets.folder import Folder
+from prn_jax.datasets.kolektor_sdd2 import KolektorSdd2
+from prn_jax.datasets.mvtec_ad import MvtecAd
+from prn_jax.errors import UserError
+
+BUILDERS: dict[str, type[AnomalyBuilder]] = {
+    builder.name: builder for builder in (MvtecAd, Dagm2007, Btad, KolektorSdd2, Folder, Demo)
+}
+
+
+def categories(name: str, manual_dir: str | os.PathLike) -> list[str]:
+    """Returns all categories of a data set; of `folder`, those found in `manual_dir`.
+
+    Raises:
+      UserError: there is no such data set, or `folder` finds no product.
+    """
+    return _builder(name).categories(manual_dir)
+
+
+def available(
+    name: str, manual_dir: str | os.PathLike, data_dir: str | os.PathLike | None = None
+) -> list[str]:
+    """Returns the categories whose raw files, or TFRecords if `data_dir` is given, are there."""
+    builder = _builder(name)
+    found = set(builder.sources(manual_dir))
+    if data_dir is not None:
+        found |= builder.prepared(data_dir)
+    known = list(builder.counts)
+    return [c for c in known if c in found] + sorted(found.difference(known))
+
+
+def prepare(
+    name: str, category: str, *, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
+) -> AnomalyBuilder:
+    """Returns a category's builder with its TFRecords written and up to date.
+
+    Args:
+      name: a key of `BUILDERS`.
+      category: one of the data set's categories.
+      manual_dir: the raw files, as the official archive unpacks. `~` is expanded.
+      data_dir: where the TFRecords go, a local folder or gs://. `~` is expanded.
+
+    Raises:
+      UserError: there is no such data set or category, its files are not there, or one is wrong.
+    """
+    builder = _builder(name)
+    known = list(builder.counts) or available(name, manual_dir, data_dir)
+    if category not in (known or builder.categories(manual_dir)):
+        raise UserError(f"no category {category!r} in {name}; {_nearest(category, known)}")
+    return builder.prepare(category, manual_dir=manual_dir, data_dir=data_dir)
+
+
+def _builder(name: str) -> type[AnomalyBuilder]:
+    if name not in BUILDERS:
+        raise UserError(f"no data set {name!r} (data.name); {_nearest(name, BUILDERS)}")
+    return BUILDERS[name]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"

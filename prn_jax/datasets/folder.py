@@ -1,0 +1,59 @@
+"""Anybody's own images, in MVTec AD's layout."""
+
+import os
+import pathlib
+
+from prn_jax.datasets import base
+from prn_jax.errors import UserError
+
+
+class Folder(base.AnomalyBuilder, skip_registration=True):
+    """`<product>/train/good`, `test/good`, `test/<defect>`, `ground_truth/<defect>/<stem>[_mask]`.
+
+    Each product is a category; `data.manual_dir` holds the products' folders, or is one itself.
+    PNG, JPEG, BMP and TIFF may be mixed, a mask's type needn't be its image's. Normal images need
+    no masks; there may be no defects, and no test images at all.
+    """
+
+    name = "folder"
+    title = "your own images"
+    licence = "yours"
+    page = "docs/datasets.md"
+
+    @classmethod
+    def sources(cls, manual_dir: str | os.PathLike) -> dict[str, pathlib.Path]:
+        """Returns the products' folders by the products' names."""
+        root = pathlib.Path(manual_dir).expanduser().resolve()
+        if _is_product(root):
+            return {root.name: root}
+        folders = sorted(root.iterdir()) if root.is_dir() else ()
+        return {path.name: path for path in folders if _is_product(path)}
+
+    @classmethod
+    def categories(cls, manual_dir: str | os.PathLike) -> list[str]:
+        """Returns the products found; raises `UserError` where there are none."""
+        found = list(cls.sources(manual_dir))
+        if not found:
+            raise cls._missing(manual_dir, "")
+        return found
+
+    @classmethod
+    def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
+        root = pathlib.Path(manual_dir).expanduser()
+        product = category or "<product>"
+        if not root.is_dir():
+            return UserError(
+                f"folder: no folder {root}; set data.manual_dir to your images' folder"
+            )
+        return UserError(
+            f"folder: neither {root}/train/good nor {root}/{product}/train/good is there; put the "
+            f"normal images there or set data.manual_dir (the layout is in {cls.page})"
+        )
+
+    @classmethod
+    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
+        return base.scan_folders(folder, normal=base.GOOD, suffixes=("_mask", ""))
+
+
+def _is_product(folder: pathlib.Path) -> bool:
+    return (folder / "train" / base.GOOD).is_dir()

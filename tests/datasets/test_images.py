@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from prn_jax.datasets import images
+from prn_jax.errors import UserError
+from tests import trees
+
+
+def _decode(data: bytes) -> np.ndarray:
+    return tf.image.decode_image(data, channels=3).numpy()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("ext", ["png", "jpg"])
+def test_plain_files_are_kept_byte_for_byte(tmp_path, ext, channels):
+    path = tmp_path / f"a.{ext}"
+    trees.save(path, trees.draw(0, channels=channels))
+    data, size = images.read_image(path)
+    assert data == path.read_bytes()
+    assert size == trees.SIZE
+    assert _decode(data).shape == (*trees.SIZE, 3)
+
+
+@pytest.mark.parametrize("ext", ["bmp", "tif", "tiff", "TIF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_types_keep_their_pixels(tmp_path, ext, channels):
+    array = trees.save(tmp_path / f"a.{ext}", trees.draw(0, channels=channels))
+    data, _ = images.read_image(tmp_path / f"a.{ext}")
+    expected = array if channels == 3 else np.stack([array] * 3, axis=-1)
+    np.testing.assert_array_equal(_decode(data), expected)
+
+
+@pytest.mark.parametrize("ext", ["png", "tif"])
+def test_16_bit_grey_keeps_its_high_byte(tmp_path, ext):
+    array = np.array([[0, 255, 256], [32768, 65279, 65535]], np.uint16)
+    Image.fromarray(array).save(tmp_path / f"a.{ext}")
+    data, size = images.read_image(tmp_path / f"a.{ext}")
+    assert size == (2, 3)
+    np.testing.assert_array_equal(_decode(data)[..., 1], [[0, 0, 1], [128, 254, 255]])
+
+
+def test_16_bit_colour_png_becomes_8_bit(tmp_path):
+    array = trees.draw(0).astype(np.uint16) * 257
+    (tmp_path / "a.png").write_bytes(tf.io.encode_png(array).numpy())
+    data, _ = images.read_image(tmp_path / "a.png")
+    assert data[24] == 8
+    np.testing.assert_array_equal(_decode(data), trees.draw(0))
+
+
+def test_palette_and_alpha_become_rgb(tmp_path):
+    rgba = trees.draw(0, channels=4)
+    trees.save(tmp_path / "a.png", rgba)
+    np.testing.assert_array_equal(_decode(images.read_image(tmp_path / "a.png")[0]), rgba[..., :3])
+    palette = Image.fromarray(trees.draw(0)).quantize(16)
+    palette.save(tmp_path / "p.png")
+    np.testing.assert_array_equal(
+        _decode(images.read_image(tmp_path / "p.png")[0]), np.asarray(palette.convert("RGB"))
+    )
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    grey = np.full((8, 8, 3), 96, np.uint8)
+    Image.fromarray(grey).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    data, _ = images.read_image(tmp_path / "a.jpg")
+    assert data.startswith(b"\x89PNG")
+    assert np.abs(_decode(data).astype(int) - 96).max() <= 3
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # The camera lay on its side: turn by 90 degrees clockwise.
+    array = trees.draw(0)
+    Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
+    data, size = images.read_image(tmp_path / "a.png")
+    assert size == trees.SIZE[::-1]
+    np.testing.assert_array_equal(_decode(data), np.rot90(array, k=-1))
+
+
+@pytest.mark.parametrize(("name", "cut"), [("a.png", 60), ("a.jpg", 200), ("a.bmp", 100)])
+def test_truncated_files_are_named(tmp_path, name, cut):
+    path = tmp_path / name
+    trees.save(path, trees.draw(0))
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(UserError, match=f"{path}: not a readable image") as error:
+        images.read_image(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("hello")
+    with pytest.raises(UserError, match="a.png: not a readable image"):
+        images.read_mask(tmp_path / "a.png")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(UserError, match="f.tif: pixels of Pillow's mode F"):
+        images.read_image(tmp_path / "f.tif")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([[0, 255]], np.uint8),
+        np.array([[0, 1]], np.uint8),
+        np.array([[0, 7]], np.uint8),
+        np.array([[100, 200]], np.uint8),
+        np.array([[False, True]]),
+        np.array([[0, 65535]], np.uint16),
+        np.array([[0, 1]], np.uint16),
+        np.array([[[0, 0, 0], [128, 0, 0]]], np.uint8),
+        np.array([[[255, 255, 255, 0], [255, 0, 0, 255]]], np.uint8),  # erased, painted
+    ],
+)
+@pytest.mark.parametrize("ext", ["png", "tif"])
+def test_masks_of_any_kind_mark_the_second_pixel(tmp_path, array, ext):
+    trees.save(tmp_path / f"m.{ext}", array)
+    mask = images.read_mask(tmp_path / f"m.{ext}")
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, [[0, 255]])
