@@ -40,6 +40,7 @@ setup(
         "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "tensorflow-datasets>=4.9.10",
+        "importlib-resources>=6.5",  # tensorflow-datasets imports it and does not say so
         "tqdm>=4.70",
     ],
     extras_require={

@@ -99,6 +99,41 @@ def get_config() -> ConfigDict:
     # Textures for simulated anomalies: "" (scikit-image's bundled ones and procedural ones), "dtd"
     # (TFDS's own, prepared under data.data_dir) or a folder of images, searched recursively.
     config.synthesis.textures = ""
+    # Textures held in memory, at most (200 kB each at 256x256), evenly spread over what is there.
+    config.synthesis.max_textures = 600
+    # A mask covers only pixels of which a channel changed by this much, in grey levels of 255. Ours.
+    config.synthesis.visible_change = 8
+    # An anomaly shows on at least this share of the image, else it is drawn anew, at most
+    # so many times (DiffusionAD: any pixel, 50 times). Ours.
+    config.synthesis.min_area = 0.0002
+    config.synthesis.attempts = 20
+    # Simulated anomalies (DiffusionAD's values, and DRAEM's before it): the finest Perlin grid is
+    # 2**5 cells, noise above the threshold is anomalous, three of ten operations on the content.
+    config.synthesis.perlin_max_exponent = 5
+    config.synthesis.perlin_threshold = 0.5
+    config.synthesis.operations = 3
+    # Probability that an object's own image, cut into a grid and shuffled, is the content.
+    config.synthesis.self_source = 0.5
+    config.synthesis.shuffle_grid = 8
+    # Opacity of the content (DiffusionAD: beta ~ U(0.2, 0.8)).
+    config.synthesis.simulated_opacity = (0.2, 0.8)
+    # Extended anomalies. CPR's rendering of PRN: one to five pieces, spatial transformation with
+    # probability 0.9, colour with 0.5, scale 0.5 to 1.5, opacity 0.5 to 1. Ours: at most three
+    # pieces, and half of them opaque, as PRNet's all are.
+    config.synthesis.max_pastes = 3
+    config.synthesis.extended_spatial = 0.9
+    config.synthesis.extended_colour = 0.5
+    config.synthesis.extended_scale = (0.5, 1.5)
+    config.synthesis.extended_opacity = (0.5, 1.0)
+    config.synthesis.extended_opaque = 0.5
+    # Regions of a seen mask below this many pixels are not moved by themselves.
+    config.synthesis.min_region = 8
+    # Probability and strength of the light augmentation that keeps the label: brightness by up to
+    # +-10 % and a shift by up to `shift` of the side. Seen anomalies only: ten images are few.
+    # Normals stay as they are, as in DiffusionAD.
+    config.synthesis.augment_seen = 0.5
+    config.synthesis.augment_normal = 0.0
+    config.synthesis.shift = 0.02
 
     # --- scoring and evaluation ------------------------------------------------------------------
     # The score of an image is the mean of its highest pixels: this many at 256x256, in proportion

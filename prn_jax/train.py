@@ -195,6 +195,8 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # Finite losses may come from parameters that this step has just ruined.
+        values["parameter_norm"] = optax.global_norm(params)
         return TrainState(state.step + 1, params, batch_stats, opt_state), values
 
     mapped = jax.shard_map(
@@ -415,11 +417,12 @@ class _Progress:
         count = len(self._pending) - keep
         fetched = jax.device_get(self._pending[:count])
         for step, values in fetched:
-            if not np.isfinite(values["loss"]):
-                raise UserError(
-                    f"the loss is {values['loss']} at step {step}; nothing was saved after it. "
-                    "Lower optimizer.learning_rate, or set dtype=float32"
-                )
+            for name, value in values.items():
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"{name} is {value} at step {step}; nothing was saved since it was finite. "
+                        "Lower optimizer.learning_rate, or set dtype=float32"
+                    )
         if consume:
             self._pending = self._pending[count:]
         return [values for _, values in fetched]

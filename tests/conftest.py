@@ -1,7 +1,10 @@
 """Fixtures that every test may use, and jaxtyping's run-time checks switched on."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Before anything imports the package: annotations of shapes are checked at run time.
 from jaxtyping import install_import_hook
@@ -10,9 +13,21 @@ install_import_hook(
     ["prn_jax.models", "prn_jax.losses", "prn_jax.metrics", "prn_jax.mesh", "prn_jax.evaluate"],
     "beartype.beartype",
 )
-# Several virtual devices, for the tests of what is sharded.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Several virtual devices, for the tests of what is sharded. Most of a small test's time is
+# compilation, so that optimises less, and what one test compiled the others (and the processes
+# they start) find again.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=1",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prn_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import pytest  # noqa: E402
 

@@ -1,0 +1,425 @@
+"""Records -> batches: cache, sampling plan, synthesis, each host's share, prefetch.
+
+What stands in a slot of a batch is a function of the seed, the step and the slot alone. So a run is
+reproducible, resumes by starting the plan at its step, and does not depend on the number of hosts.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import logging
+from ml_collections import ConfigDict
+
+from prn_jax import datasets
+from prn_jax.errors import UserError
+from prn_jax.synthesis import augment
+from prn_jax.synthesis.augment import Draws
+from prn_jax.synthesis.extended import Extend
+from prn_jax.synthesis.foreground import estimate_foreground, foreground_points
+from prn_jax.synthesis.simulated import Simulate, blend
+from prn_jax.synthesis.textures import load_textures
+
+KINDS = ("normal", "seen", "extended", "simulated")
+NORMAL, SEEN, EXTENDED, SIMULATED = range(4)
+# Slots after which the plan of kinds repeats: shares are met to a thousandth.
+_PERIOD = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images of one split, decoded and resized.
+
+    Attributes:
+      image: uint8 [n, h, w, 3].
+      mask: uint8 [n, h, w] in {0, 1}.
+      defect: names, "good" for a normal image.
+      id: paths below the category, without extension.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    defect: list[str]
+    id: list[str]
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    @property
+    def label(self) -> np.ndarray:
+        """1 for an anomalous image, 0 for a normal one, int [n]."""
+        return np.array([defect != "good" for defect in self.defect], int).reshape(-1)
+
+    def select(self, chosen: Sequence[bool]) -> "Images":
+        """Those whose entry is true."""
+        index = np.flatnonzero(np.asarray(chosen, bool))
+        return Images(
+            self.image[index],
+            self.mask[index],
+            [self.defect[i] for i in index],
+            [self.id[i] for i in index],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CategoryData:
+    """One category, ready for training and evaluation.
+
+    Attributes:
+      train: normal images.
+      seen: the seen anomalies, which train.
+      test: the test split without the seen anomalies.
+      foreground: where the product is on each of `train`, uint8 [n, h, w] in {0, 1}.
+      is_object: False for a texture, which is all foreground.
+    """
+
+    train: Images
+    seen: Images
+    test: Images
+    foreground: np.ndarray
+    is_object: bool
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+def seen_split(ids: Sequence[str], num_seen: int, seed: int) -> list[str]:
+    """Draws the seen anomalies: sort, shuffle by `RandomState(seed)`, take the first (CPR's rule).
+
+    Args:
+      ids: the anomalous images to draw from, in any order.
+      num_seen: how many.
+      seed: of the shuffle.
+
+    Raises:
+      UserError: there are fewer.
+    """
+    if num_seen > len(ids):
+        raise UserError(
+            f"num_seen={num_seen}, but there are only {len(ids)} anomalous images to draw from: "
+            "lower num_seen (0 trains without any)"
+        )
+    ids = sorted(ids)
+    np.random.RandomState(seed).shuffle(ids)
+    return sorted(ids[:num_seen])
+
+
+def load_category(config: ConfigDict, category: str) -> CategoryData:
+    """Prepares, reads and resizes one category; estimates its foreground.
+
+    Raises:
+      UserError: the data is missing or wrong, or has too few anomalies for `config.num_seen`.
+    """
+    builder = datasets.prepare(
+        config.data.name,
+        category,
+        manual_dir=config.data.manual_dir,
+        data_dir=config.data.data_dir,
+    )
+    size = tuple(config.image_size)
+    train, test = (read_split(builder, split, size) for split in ("train", "test"))
+    source = test if builder.seen_from == "test" else train
+    anomalous = [x for x, label in zip(source.id, source.label) if label]
+    seen = set(seen_split(anomalous, config.num_seen, config.split_seed))
+    normal = train.select(train.label == 0)
+    if not len(normal):
+        raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
+    foreground, is_object = estimate_foreground(normal.image)
+    logging.info(
+        "%s: %s",
+        category,
+        f"an object on {foreground.mean():.0%} of the image" if is_object else "all foreground",
+    )
+    return CategoryData(
+        train=normal,
+        seen=source.select([x in seen for x in source.id]),
+        test=test.select([x not in seen for x in test.id]) if source is test else test,
+        foreground=foreground,
+        is_object=is_object,
+    )
+
+
+def read_split(
+    builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]
+) -> Images:
+    """Decodes and resizes a split: images antialiased, masks by area and then at one half."""
+    images, masks, defects, ids = [], [], [], []
+    records = ()
+    if split in builder.info.splits:
+        records = builder.as_dataset(
+            split=split, read_config=tfds.ReadConfig(try_autocache=False), shuffle_files=False
+        ).map(lambda record: _resize(record, size), num_parallel_calls=tf.data.AUTOTUNE)
+    for record in records:
+        images.append(record["image"].numpy())
+        masks.append(record["mask"].numpy())
+        defects.append(record["defect"].numpy().decode())
+        ids.append(record["id"].numpy().decode())
+    return Images(
+        np.array(images, np.uint8).reshape(-1, *size, 3),
+        np.array(masks, np.uint8).reshape(-1, *size),
+        defects,
+        ids,
+    )
+
+
+def _resize(record: dict[str, tf.Tensor], size: tuple[int, int]) -> dict[str, tf.Tensor]:
+    image = tf.image.resize(record["image"], size, antialias=True)
+    mask = tf.image.resize(record["mask"], size, method="area")[..., 0]
+    return {
+        "image": tf.saturate_cast(tf.round(image), tf.uint8),
+        "mask": tf.cast(mask > 127.5, tf.uint8),
+        "defect": record["defect"],
+        "id": record["id"],
+    }
+
+
+# --- the plan --------------------------------------------------------------------------------------
+
+
+def plan_kinds(config: ConfigDict, num_seen: int) -> np.ndarray:
+    """The kinds of `_PERIOD` slots one after another, interleaved as evenly as can be.
+
+    Each slot goes to the kind that lags most behind its share. Without seen anomalies their slots
+    and the extended ones go to simulated anomalies.
+
+    Raises:
+      UserError: the shares are negative or do not sum to 1.
+    """
+    shares = np.array([config.sampling[kind] for kind in KINDS], float)
+    if shares.min() < 0 or abs(shares.sum() - 1) > 1e-6:
+        raise UserError(
+            f"sampling.{{{', '.join(KINDS)}}} = {tuple(shares)}: give shares that sum to 1"
+        )
+    if not num_seen:
+        shares[SIMULATED] += shares[SEEN] + shares[EXTENDED]
+        shares[SEEN] = shares[EXTENDED] = 0
+    given = np.zeros(4)
+    kinds = np.zeros(_PERIOD, np.int32)
+    for slot in range(_PERIOD):
+        # The small preference makes ties fall the same way on every machine.
+        lag = shares * (slot + 1) - given - 1e-9 * np.arange(4)
+        kinds[slot] = np.argmax(np.where(shares > 0, lag, -np.inf))
+        given[kinds[slot]] += 1
+    return kinds
+
+
+class Plan:
+    """Slot number -> kind, and which image, by shuffled passes over each kind's images.
+
+    Slots are numbered through the whole run: slot j of step s is `s * batch_size + j`.
+    """
+
+    def __init__(self, config: ConfigDict, num_normal: int, num_seen: int):
+        kinds = plan_kinds(config, num_seen)
+        before = np.stack([np.cumsum(kinds == kind) - (kinds == kind) for kind in range(4)])
+        self._seed = config.seed
+        self._kinds = tf.constant(kinds)
+        self._before = tf.constant(before, tf.int64)
+        self._per_period = tf.constant(np.bincount(kinds, minlength=4), tf.int64)
+        # Normal, extended and simulated ones are based on normal images.
+        self._sizes = tf.constant([num_normal, max(1, num_seen), num_normal, num_normal], tf.int64)
+
+    def __call__(self, slot: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Kind, int32, and image number, int64, of a slot, int64."""
+        phase = tf.cast(slot % _PERIOD, tf.int32)
+        kind = self._kinds[phase]
+        count = slot // _PERIOD * self._per_period[kind] + self._before[kind, phase]
+        size = self._sizes[kind]
+        epoch = tf.cast(count // size, tf.int32)
+        index = tf.random.experimental.index_shuffle(
+            count % size, seed=tf.stack([self._seed, 4 * epoch + kind]), max_index=size - 1
+        )
+        return kind, index
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+
+def train_batches(
+    config: ConfigDict,
+    data: CategoryData,
+    *,
+    total_steps: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    parallel_calls: int = tf.data.AUTOTUNE,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of the batches of steps `start_step` .. `total_steps` - 1.
+
+    The parts of all processes, one after another, are the batch of a single process.
+
+    Args:
+      config: see configs/default.py; `batch_size` is over all processes.
+      data: from `load_category`.
+      total_steps: of the run.
+      start_step: the first to make.
+      process_index: this process.
+      process_count: of how many.
+      parallel_calls: samples made at a time; does not change them.
+
+    Returns:
+      Dictionaries of `image` uint8 [b, h, w, 3], `mask` uint8 [b, h, w] in {0, 1} and `kind` int32
+      [b], an index into `KINDS`.
+
+    Raises:
+      UserError: the batch does not divide among the processes, or textures or shares are wrong.
+    """
+    if config.batch_size % process_count:
+        raise UserError(
+            f"batch_size={config.batch_size} cannot be divided among {process_count} processes"
+        )
+    local = config.batch_size // process_count
+    make_sample = SampleMaker(config, data)
+
+    def slots(step: tf.Tensor) -> tf.data.Dataset:
+        first = step * config.batch_size + process_index * local
+        return tf.data.Dataset.range(first, first + local)
+
+    steps = tf.data.Dataset.range(start_step, total_steps)
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.ram_budget = 512 * 2**20
+    batches = (
+        steps.flat_map(slots)
+        .map(make_sample, num_parallel_calls=parallel_calls, deterministic=True)
+        .batch(local, drop_remainder=True)
+        .prefetch(4)
+        .with_options(options)
+    )
+    return batches.as_numpy_iterator()
+
+
+class SampleMaker:
+    """Slot number -> one training sample, in TensorFlow ops.
+
+    Args:
+      config: see configs/default.py.
+      data: from `load_category`.
+    """
+
+    def __init__(self, config: ConfigDict, data: CategoryData):
+        self._config = config.synthesis
+        self._seed = config.seed
+        size = tuple(config.image_size)
+        self._plan = Plan(config, len(data.train), len(data.seen))
+        self._normals = tf.constant(data.train.image)
+        self._foreground = tf.constant(data.foreground)
+        self._points = tf.constant(foreground_points(data.foreground))
+        self._has_seen = len(data.seen) > 0
+        self._seen = tf.constant(data.seen.image), tf.constant(data.seen.mask)
+        self.textures = load_textures(
+            config.synthesis.textures,
+            size,
+            config.synthesis.max_textures,
+            data_dir=config.data.data_dir,
+            exclude=config.category,
+        )
+        self._simulate = Simulate(
+            size, tf.constant(self.textures), config.synthesis, data.is_object
+        )
+        if self._has_seen:
+            self._extend = Extend(data.seen.image, data.seen.mask, config.synthesis)
+        self._min_pixels = max(1, round(config.synthesis.min_area * size[0] * size[1]))
+
+    def __call__(self, slot: tf.Tensor) -> dict[str, tf.Tensor]:
+        """`image` uint8 [h, w, 3], `mask` uint8 [h, w] in {0, 1} and `kind` int32."""
+        kind, index = self._plan(slot)
+        image, mask = self.make(kind, index, slot)
+        return {"image": image, "mask": mask, "kind": kind}
+
+    def make(
+        self, kind: tf.Tensor, index: tf.Tensor, slot: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """A sample of the given kind, from image `index`, with the random numbers of `slot`."""
+        # A long run's slot numbers outgrow 32 bits: both parts of them count.
+        high, low = (tf.cast(x, tf.int32) for x in (slot // 2**31, slot % 2**31))
+        seed = tf.random.experimental.stateless_fold_in(tf.stack([self._seed, high]), low)
+        branches = [lambda: self._normal(index, seed)]
+        if self._has_seen:
+            branches += [lambda: self._seen_one(index, seed), lambda: self._extended(index, seed)]
+        else:
+            branches += [lambda: self._simulated(index, seed)] * 2
+        branches.append(lambda: self._simulated(index, seed))
+        image, mask = tf.switch_case(kind, branches)
+        shape = self._normals.shape[1:]
+        return tf.ensure_shape(image, shape), tf.ensure_shape(mask, shape[:2])
+
+    def _normal(self, index, seed):
+        image = self._normals[index]
+        mask = tf.zeros(image.shape[:2], tf.uint8)
+        return self._lightly(image, mask, self._config.augment_normal, Draws(seed))
+
+    def _seen_one(self, index, seed):
+        image, mask = (x[index] for x in self._seen)
+        return self._lightly(image, mask, self._config.augment_seen, Draws(seed))
+
+    def _lightly(self, image, mask, probability, draws):
+        """Light augmentation that keeps the label: brightness and a small shift."""
+        if not probability:
+            return image, mask
+
+        def change():
+            size = tf.cast(tf.shape(image)[:2], tf.float32)
+            shift = (2.0 * draws.vector(2) - 1.0) * self._config.shift * size
+            both = tf.concat([image, mask[..., None] * 255], -1)
+            origin = tf.zeros(2)
+            both = augment.warp(both, 0.0, 1.0, origin, tf.round(shift), mirror=True)
+            bright = augment.brightness(
+                both[..., :3], draws.uniform(0.9, 1.1), draws.uniform(-10.0, 10.0)
+            )
+            return bright, tf.cast(both[..., 3] >= 128, tf.uint8)
+
+        return tf.cond(draws.chance(probability), change, lambda: (image, mask))
+
+    def _extended(self, index, seed):
+        points = self._points[index]
+        return self._until_visible(
+            index,
+            seed,
+            lambda image, foreground, draws: self._extend(image, foreground, points, draws),
+        )
+
+    def _simulated(self, index, seed):
+        return self._until_visible(index, seed, self._simulate)
+
+    def _until_visible(self, index, seed, synthesise):
+        """Draws anew until the anomaly shows; the mask covers only what really changed."""
+        normal = self._normals[index]
+        foreground = self._foreground[index] > 0
+
+        def attempt(number, image, mask):
+            draws = Draws(tf.random.experimental.stateless_fold_in(seed, number))
+            image, mask = synthesise(normal, foreground, draws)
+            return number + 1, image, mask & self._changed(normal, image)
+
+        def unseen(number, image, mask):
+            count = tf.math.count_nonzero(mask, dtype=tf.int32)
+            return (count < self._min_pixels) & (number < self._config.attempts)
+
+        start = (tf.constant(0), normal, tf.zeros_like(foreground))
+        _, image, mask = tf.while_loop(unseen, attempt, start)
+        image, mask = tf.cond(
+            tf.math.count_nonzero(mask, dtype=tf.int32) < self._min_pixels,
+            lambda: self._square(normal, self._points[index], Draws(seed)),
+            lambda: (tf.where(mask[..., None], image, normal), mask),
+        )
+        return image, tf.cast(mask, tf.uint8)
+
+    def _changed(self, normal, image):
+        difference = tf.maximum(image, normal) - tf.minimum(image, normal)
+        return tf.reduce_max(difference, axis=-1) >= self._config.visible_change
+
+    def _square(self, normal, points, draws):
+        """What is left when every attempt failed: a square of other grey values, always seen."""
+        height, width = normal.shape[:2]
+        middle = points[draws.integer(tf.shape(points)[0])]
+        reach = tf.cast(tf.math.ceil(tf.sqrt(float(self._min_pixels))), tf.float32)
+        rows = tf.abs(tf.range(height, dtype=tf.float32) - middle[0]) <= reach
+        columns = tf.abs(tf.range(width, dtype=tf.float32) - middle[1]) <= reach
+        mask = rows[:, None] & columns[None]
+        # Modulo 256: each value moves by 128.
+        other = normal + tf.constant(128, tf.uint8)
+        return blend(normal, other, mask, tf.constant(1.0)), mask

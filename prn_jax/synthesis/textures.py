@@ -1,0 +1,141 @@
+"""Textures, the content of simulated anomalies: DTD, a folder of images, or bundled ones."""
+
+import pathlib
+
+import numpy as np
+from absl import logging
+from PIL import Image
+from scipy import ndimage
+
+from prn_jax.errors import UserError
+
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# scikit-image's photographs that its package contains.
+_PHOTOGRAPHS = ("brick", "grass", "gravel", "camera", "chelsea", "coffee", "coins", "moon",
+                "page", "rocket", "retina", "immunohistochemistry", "hubble_deep_field")  # fmt: skip
+_CROPS = 12  # of each photograph
+_PROCEDURAL = 60
+
+
+def load_textures(
+    source: str, size: tuple[int, int], limit: int, *, data_dir: str, exclude: str = ""
+) -> np.ndarray:
+    """Reads textures and brings them to one size.
+
+    Args:
+      source: "dtd" (TFDS's data set, prepared under `data_dir`), a folder of images that is
+        searched recursively, or "" for scikit-image's photographs and procedural textures.
+      size: (height, width), pixels.
+      limit: at most so many, evenly spread over what is there.
+      data_dir: TFDS's.
+      exclude: name of a photograph to leave out (the demo's own).
+
+    Returns:
+      uint8 [n, height, width, 3].
+
+    Raises:
+      UserError: the folder is missing or holds no readable image, or TFDS cannot prepare DTD.
+    """
+    if source == "dtd":
+        return _from_tfds(size, limit, data_dir)
+    if source:
+        return _from_folder(pathlib.Path(source).expanduser(), size, limit)
+    photographs = _bundled(size, exclude)
+    logging.info(
+        "synthesis.textures is not set: simulated anomalies are made of %d crops of scikit-image's "
+        "photographs and %d procedural textures (the paper's are DTD's)",
+        len(photographs),
+        _PROCEDURAL,
+    )
+    return np.stack((photographs + procedural(size, _PROCEDURAL))[:limit])
+
+
+def _from_folder(folder: pathlib.Path, size: tuple[int, int], limit: int) -> np.ndarray:
+    paths = sorted(x for x in folder.rglob("*") if x.suffix.lower() in _EXTENSIONS)
+    if not paths:
+        raise UserError(f"synthesis.textures={folder}: there are no images in it")
+    textures = []
+    for path in (paths[i] for i in _spread(len(paths), limit)):
+        try:
+            with Image.open(path) as image:
+                textures.append(_fit(image, size))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{path} cannot be read: remove it or replace it") from error
+    return np.stack(textures)
+
+
+def _from_tfds(size: tuple[int, int], limit: int, data_dir: str) -> np.ndarray:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder("dtd", data_dir=str(pathlib.Path(data_dir).expanduser()))
+        builder.download_and_prepare()
+        split = builder.as_dataset(split="train", shuffle_files=False)
+    except Exception as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"synthesis.textures=dtd cannot be prepared by TFDS under {data_dir} ({first_line}): "
+            "give the folder of an unpacked DTD instead"
+        ) from error
+    kept = set(_spread(int(builder.info.splits["train"].num_examples), limit))
+    return np.stack([
+        _fit(Image.fromarray(x["image"].numpy()), size)
+        for i, x in enumerate(split) if i in kept
+    ])  # fmt: skip
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    return sorted({int(i * count / min(count, limit)) for i in range(min(count, limit))})
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def _bundled(size: tuple[int, int], exclude: str) -> list[np.ndarray]:
+    """Crops of scikit-image's photographs; none where scikit-image is not installed."""
+    try:
+        import skimage
+    except ImportError:
+        return []
+    # By path: its loader would fetch from the network what the package does not contain.
+    folder = pathlib.Path(skimage.__file__).parent / "data"
+    rng = np.random.default_rng(0)
+    textures = []
+    for name in _PHOTOGRAPHS:
+        path = next((p for p in folder.glob(f"{name}.*") if p.suffix in _EXTENSIONS), None)
+        if path is None or name == exclude:
+            continue
+        with Image.open(path) as image:
+            photograph = image.convert("RGB")
+        for _ in range(_CROPS):
+            side = rng.uniform(0.25, 0.75) * min(photograph.size)
+            left, top = (rng.uniform(0, n - side) for n in photograph.size)
+            crop = photograph.crop((int(left), int(top), int(left + side), int(top + side)))
+            textures.append(_fit(crop, size))
+    return textures
+
+
+def procedural(size: tuple[int, int], count: int) -> list[np.ndarray]:
+    """Stripes, cells and clouds in random colours: uint8 [h, w, 3] each, always the same."""
+    rng = np.random.default_rng(1)
+    rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
+    textures = []
+    for number in range(count):
+        kind = number % 3
+        if kind == 2:
+            sigma = float(rng.uniform(1.0, 12.0))
+            field = ndimage.gaussian_filter(rng.normal(size=size), sigma, mode="wrap")
+            field = field / field.std()
+        else:
+            angle, period = rng.uniform(0, np.pi), rng.uniform(4, 40)
+            along = (np.cos(angle) * columns + np.sin(angle) * rows) * 2 * np.pi / period
+            across = (np.cos(angle) * rows - np.sin(angle) * columns) * 2 * np.pi / period
+            field = np.sin(along) * (np.sin(across) if kind else 1.0)
+            field = field + rng.normal(size=size) * rng.uniform(0.0, 0.3)
+        share = np.clip(field * 0.5 + 0.5, 0, 1)[..., None]
+        low, high = rng.uniform(0, 255, (2, 3))
+        textures.append(np.round(low + share * (high - low)).astype(np.uint8))
+    return textures
+
+

@@ -1,0 +1,199 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from prn_jax import mesh as meshes
+from prn_jax import train
+from prn_jax.checkpoints import Checkpoints
+from prn_jax.errors import UserError
+
+
+def small_config(**changes):
+    """A run of seconds: 64x64 pixels, one attention layer, random weights."""
+    config = default.get_config()
+    config.image_size = (64, 64)
+    config.batch_size = 8
+    config.total_steps = 4
+    config.log_every = 2
+    config.attention.layers = 1
+    config.backbone.weights = "random"
+    config.prototypes.iterations = 5
+    config.checkpoint.every_steps = 2
+    config.dtype = "float32"
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def make_batches(config, poison_at=None):
+    """Stands in for the input pipeline: batches that are a function of the step alone."""
+
+    def batches(start, steps):
+        for step in range(start, steps):
+            rng = np.random.default_rng(step)
+            image = rng.integers(0, 256, (config.batch_size, *config.image_size, 3), np.uint8)
+            yield {"image": image, "mask": (image[..., 0] > 200).astype(np.uint8)}
+
+    return batches
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (22, 64, 64, 3), np.uint8)
+
+
+def run(config, images, folder, devices=1, **kwargs):
+    mesh = meshes.create_mesh(jax.devices()[:devices])
+    checkpoints = Checkpoints(folder, config.checkpoint.keep)
+    try:
+        return train.train(config, images, make_batches(config), checkpoints, mesh, **kwargs)
+    finally:
+        checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    return run(small_config(), images, tmp_path_factory.mktemp("whole"))
+
+
+def assert_same(a, b, **tolerance):
+    leaves = zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
+    for (path, x), y in leaves:
+        np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+@pytest.mark.slow
+def test_eight_devices_make_the_step_of_one(images):
+    """Same parameters, same batch: same losses, batch statistics and updated parameters."""
+    config = small_config(batch_size=16)
+    batch = next(iter(make_batches(config)(0, 1)))
+    outcomes = []
+    for count in (1, 8):
+        mesh = meshes.create_mesh(jax.devices()[:count])
+        model = train.create_model(config, 2)
+        # Plain gradient descent: Adam's first step is the sign of the gradient, which rounding
+        # flips where the gradient is 0.
+        optimizer = train.optax.sgd(1.0)
+        variables = train.create_variables(config, model)
+        before = variables["params"]
+        variables = meshes.replicate(mesh, variables)
+        encoder = {
+            "backbone": variables["backbone"],
+            "params": {"backbone": variables["params"]["backbone"]},
+        }
+        stored = train.fit_prototypes(config, model, encoder, images, mesh)
+        frozen = {"backbone": variables["backbone"], "prototypes": stored}
+        state = train.TrainState(
+            meshes.replicate(mesh, np.int32(0)),
+            variables["params"],
+            variables["batch_stats"],
+            meshes.replicate(mesh, optimizer.init(variables["params"])),
+        )
+        step = train.make_train_step(config, model, optimizer, mesh)
+        state, values = step(state, frozen, meshes.shard(mesh, batch))
+        # With a rate of 1 the change of a parameter is its gradient.
+        gradient = jax.tree.map(lambda old, new: old - new, before, jax.device_get(state.params))
+        outcomes.append((*jax.device_get((stored, values, state.batch_stats)), gradient))
+    one, eight = outcomes
+    assert_same(one[0], eight[0], rtol=1e-4, atol=1e-5)
+    assert_same(one[1], eight[1], rtol=1e-5)
+    assert_same(one[2], eight[2], rtol=1e-4, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(one[3]), jax.tree.leaves(eight[3]), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-6
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, uninterrupted):
+    class Stop(Exception):
+        pass
+
+    def stop(step, scalars):
+        if step >= 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        # The progress report of step 2 comes in before its checkpoint: nothing is saved yet.
+        run(small_config(), images, tmp_path / "a", write_scalars=stop)
+    config = small_config()
+    calls = []
+
+    def evaluate(step, model, variables):
+        calls.append(step)
+        raise Stop
+
+    with config.unlocked():
+        config.eval_every = 3
+    with pytest.raises(Stop):
+        run(config, images, tmp_path / "a", evaluate=evaluate)
+    assert calls == [3]
+    checkpoints = Checkpoints(tmp_path / "a")
+    assert checkpoints.latest_step() == 2
+    checkpoints.close()
+    resumed = run(small_config(), images, tmp_path / "a")
+    assert_same(resumed.variables, uninterrupted.variables, rtol=0, atol=0)
+    assert resumed.timing["train_steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_finished_run_only_loads(images, tmp_path, uninterrupted):
+    run(small_config(), images, tmp_path)
+    again = run(small_config(), images, tmp_path)
+    assert again.timing["train_steps"] == 0
+    assert_same(again.variables, uninterrupted.variables, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_another_configuration_is_refused_by_name(images, tmp_path):
+    run(small_config(total_steps=1), images, tmp_path)
+    with pytest.raises(UserError, match=r"optimizer.learning_rate was 0.001, is 0.5"):
+        run(small_config(total_steps=1, **{"optimizer.learning_rate": 0.5}), images, tmp_path)
+    run(
+        small_config(total_steps=2, **{"optimizer.learning_rate": 0.5}),
+        images,
+        tmp_path,
+        allow_config_change=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
+    config = small_config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup": 0.0})
+    with pytest.raises(UserError, match=r"parameter_norm is (inf|nan) at step 2"):
+        run(config, images, tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step() is None
+    checkpoints.close()
+
+
+def test_frozen_variables_are_no_parameters():
+    model = train.create_model(small_config(), 2)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    stages = {name.split("_")[0] for name in variables["params"]["backbone"]}
+    assert stages == {"layer4"}
+    assert set(variables) == {"params", "batch_stats", "backbone", "prototypes"}
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    config = small_config()
+    schedule = train.create_schedule(config, 100)
+    values = np.array([schedule(i) for i in range(101)])
+    assert values[0] == 0.0
+    assert values[10] == pytest.approx(config.optimizer.learning_rate)
+    assert values[100] == pytest.approx(0.0, abs=1e-9)
+    assert np.all(np.diff(values[:11]) > 0)
+    assert np.all(np.diff(values[10:]) < 0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "normals", "expected"), [(700, 0, 209, 36575), (700, 600, 209, 600)]
+)
+def test_total_steps(epochs, steps, normals, expected):
+    config = small_config(epochs=epochs, total_steps=steps)
+    assert train.total_steps(config, normals) == expected
+
+
+def test_a_batch_that_does_not_divide_is_refused(images, tmp_path):
+    with pytest.raises(UserError, match="batch_size=6 cannot be divided among 8 devices"):
+        run(small_config(batch_size=6), images, tmp_path, devices=8)
