@@ -1,0 +1,133 @@
+"""Pictures one would rather look at than read about: contact sheets, outlines, heat maps."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from prn_jax.errors import UserError
+
+Row = tuple[str, list[tuple[np.ndarray, str]]]
+
+_OUTLINE = (255, 0, 200)  # seldom the colour of a product
+_BACKGROUND, _TEXT = (32, 33, 36), (228, 228, 228)
+# Dark to light, as perceptual colour maps go: violet, red, orange, yellow.
+_HEAT = np.array([[10, 8, 40], [110, 20, 120], [215, 60, 70], [250, 150, 30], [252, 250, 170]])
+
+
+def outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draws a mask's contour, just outside of it, on uint8 [h, w, 3]; mask is [h, w]."""
+    mask = np.asarray(mask) > 0
+    width = max(1, round(min(mask.shape) / 128))
+    picture = image.copy()
+    picture[ndimage.binary_dilation(mask, iterations=width) & ~mask] = _OUTLINE
+    return picture
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Colours of a map [h, w] in [0, 1]: uint8 [h, w, 3]."""
+    anchors = np.linspace(0, 1, len(_HEAT))
+    values = np.clip(values, 0, 1)
+    channels = [np.interp(values, anchors, _HEAT[:, channel]) for channel in range(3)]
+    return np.round(np.stack(channels, -1)).astype(np.uint8)
+
+
+def overlay(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A heat map over an image: the higher the value, the less of the image shows."""
+    weight = 0.25 + 0.5 * np.clip(values, 0, 1)[..., None]
+    grey = image.mean(-1, keepdims=True)
+    return np.round(grey * (1 - weight) + heat(values) * weight).astype(np.uint8)
+
+
+def contact_sheet(rows: Sequence[Row], cell: int = 160) -> Image.Image:
+    """Lays out rows of captioned images, each row under its title.
+
+    Args:
+      rows: (title, [(image uint8 [h, w, 3], caption), ...]).
+      cell: the longer side of each image in pixels.
+    """
+    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    gap, title_height = 8, 26
+    sizes = [_fit(image.shape[:2], cell) for _, cells in rows for image, _ in cells]
+    wide = max((w for _, w in sizes), default=cell)
+    lines = max((c.count("\n") + 1 for _, cells in rows for _, c in cells if c), default=0)
+    heights = [
+        title_height + max((_fit(i.shape[:2], cell)[0] for i, _ in cells), default=0)
+        + 15 * lines + gap
+        for _, cells in rows
+    ]  # fmt: skip
+    columns = max((len(cells) for _, cells in rows), default=1)
+    size = (max(320, columns * (wide + gap) + gap), sum(heights) + gap)
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    top = gap
+    for (title, cells), height in zip(rows, heights):
+        draw.text((gap, top), title, _TEXT, font)
+        for number, (image, caption) in enumerate(cells):
+            high, broad = _fit(image.shape[:2], cell)
+            left, upper = gap + number * (wide + gap), top + title_height
+            picture = Image.fromarray(image).resize((broad, high), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (left, upper))
+            for i, line in enumerate(caption.split("\n")):
+                draw.text((left, upper + high + 2 + 15 * i), line[: wide // 6], _TEXT, small)
+        top += height
+    return sheet
+
+
+def results_sheet(
+    images: np.ndarray,
+    masks: np.ndarray,
+    maps: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    defects: Sequence[str],
+    ids: Sequence[str],
+    per_row: int = 4,
+) -> Image.Image:
+    """An evaluation at a glance: per defect the lowest scores first, of the normals the highest.
+
+    Args:
+      images: uint8 [n, h, w, 3].
+      masks: uint8 [n, h, w].
+      maps: anomaly maps, float [n, h, w] in [0, 1].
+      scores: [n].
+      labels: 1 for anomalous, [n].
+      defects: names.
+      ids: paths.
+      per_row: images of each defect; each is shown with its mask's outline and with its map.
+    """
+    rows = []
+    for defect in sorted(set(defects), key=lambda name: (name != "good", name)):
+        chosen = [i for i, name in enumerate(defects) if name == defect]
+        anomalous = bool(labels[chosen[0]])
+        chosen.sort(key=lambda i: float(scores[i]) if anomalous else -float(scores[i]))
+        cells = []
+        for i in chosen[:per_row]:
+            cells.append((outline(images[i], masks[i]), f"{ids[i].split('/')[-1]}"))
+            cells.append((overlay(images[i], maps[i]), f"score {scores[i]:.3f}"))
+        hardest = "lowest" if anomalous else "highest"
+        rows.append((f"{defect}: the {hardest} scores of {len(chosen)}", cells))
+    return contact_sheet(rows)
+
+
+def save_png(path: epath.PathLike, image: Image.Image) -> None:
+    """Writes a PNG, complete or not at all."""
+    path = epath.Path(path)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    temporary = path.parent / f".{path.name}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _fit(shape: tuple[int, int], cell: int) -> tuple[int, int]:
+    """(height, width) at which the longer side is `cell`."""
+    scale = cell / max(shape)
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
