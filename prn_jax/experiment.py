@@ -112,9 +112,7 @@ def _categories(config: ConfigDict) -> list[str]:
     missing = [x for x in datasets.categories(config.data.name, config.data.manual_dir)
                if x not in found]  # fmt: skip
     if missing:
-        logging.warning(
-            "not in %s, left out: %s", config.data.manual_dir, ", ".join(missing)
-        )
+        logging.warning("not in %s, left out: %s", config.data.manual_dir, ", ".join(missing))
     return found
 
 

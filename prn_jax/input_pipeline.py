@@ -141,9 +141,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     )
 
 
-def read_split(
-    builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]
-) -> Images:
+def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]) -> Images:
     """Decodes and resizes a split: images antialiased, masks by area and then at one half."""
     images, masks, defects, ids = [], [], [], []
     records = ()

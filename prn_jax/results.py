@@ -161,7 +161,9 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
 def render_table(workdir: epath.PathLike, dataset: str) -> str:
     """The same table as aligned text."""
     names, rows = _table(_runs(epath.Path(workdir), dataset), dataset)
-    heads = [title.replace("image ", "img ").replace("pixel ", "pix ") for title in COLUMNS.values()]
+    heads = [
+        title.replace("image ", "img ").replace("pixel ", "pix ") for title in COLUMNS.values()
+    ]
     first = max(len(name) for name in ("category", *names))
     lines = [" ".join(["category".ljust(first), *(head.rjust(10) for head in heads)])]
     lines += [

@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from prn_jax import losses, mesh as meshes, pretrained
+from prn_jax import losses, pretrained
+from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints, as_dict, check_same
 from prn_jax.errors import UserError
-from prn_jax.models.prn import SCALES, PRN, create_model
+from prn_jax.models.prn import PRN, SCALES, create_model
 from prn_jax.models.prototypes import k_means, num_prototypes
 
 Tree = Any
@@ -199,9 +200,7 @@ def make_train_step(
         values["parameter_norm"] = optax.global_norm(params)
         return TrainState(state.step + 1, params, batch_stats, opt_state), values
 
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P())
-    )
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
     return jax.jit(mapped, donate_argnums=0)
 
 

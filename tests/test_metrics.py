@@ -147,7 +147,9 @@ def test_constant_maps_are_worth_chance():
 def test_perfect_maps_score_one():
     _, masks = make_maps(0)
     labels = masks.max(axis=(1, 2)).astype(np.int32)
-    result = metrics.evaluate_maps(masks.astype(np.float32), masks, labels.astype(np.float32), labels)
+    result = metrics.evaluate_maps(
+        masks.astype(np.float32), masks, labels.astype(np.float32), labels
+    )
     assert set(result) == {
         "image_auroc",
         "image_ap",

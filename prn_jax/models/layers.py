@@ -27,9 +27,9 @@ class ConvNormReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w o"]:
-        x = nn.Conv(
-            self.features, (3, 3), use_bias=False, kernel_init=he_normal, dtype=self.dtype
-        )(x)
+        x = nn.Conv(self.features, (3, 3), use_bias=False, kernel_init=he_normal, dtype=self.dtype)(
+            x
+        )
         x = nn.BatchNorm(
             use_running_average=not train, momentum=0.9, axis_name="data", dtype=self.dtype
         )(x)

@@ -191,9 +191,7 @@ def _lookup_table(image: tf.Tensor, use: list[tf.Tensor], strength: tf.Tensor) -
 
     def equalize(table):
         order = tf.cast(_to_grey(table), tf.int32) + 256 * tf.range(3)[:, None]
-        now = tf.math.unsorted_segment_sum(
-            tf.reshape(counts, [-1]), tf.reshape(order, [-1]), 768
-        )
+        now = tf.math.unsorted_segment_sum(tf.reshape(counts, [-1]), tf.reshape(order, [-1]), 768)
         rank = tf.cumsum(tf.reshape(now, [3, 256]), axis=1)
         rank = 255.0 * rank / tf.maximum(rank[:, -1:], 1.0)
         return tf.reshape(tf.gather(tf.reshape(rank, [-1]), order), [3, 256])

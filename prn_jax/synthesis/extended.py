@@ -93,9 +93,7 @@ class Extend:
         return blend(image, content, weight, opacity), mask | (weight >= 0.5)
 
 
-def cut_regions(
-    masks: np.ndarray, min_pixels: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_regions(masks: np.ndarray, min_pixels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The connected (8-connected) regions of masks.
 
     A mask whose regions are all smaller than `min_pixels` counts as one region.
@@ -119,10 +117,10 @@ def cut_regions(
                 rows, columns = np.nonzero(region)
                 numbers.append(number)
                 regions.append(region.astype(np.uint8))
-                centres.append(
-                    [(rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2]
-                )
+                centres.append([(rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2])
     shape = (0, *masks.shape[1:])
-    return np.array(numbers, int), np.array(regions, np.uint8).reshape(-1, *shape[1:]), (
-        np.array(centres, float).reshape(-1, 2)
+    return (
+        np.array(numbers, int),
+        np.array(regions, np.uint8).reshape(-1, *shape[1:]),
+        (np.array(centres, float).reshape(-1, 2)),
     )

@@ -38,11 +38,7 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
     products = distance > threshold
     corner = _corners(products.shape[1:])
     in_corners, coverage = products[:, corner].mean(), products.mean()
-    if (
-        separation < _SEPARATION
-        or in_corners > _MOST_IN_CORNERS
-        or not _LEAST <= coverage <= _MOST
-    ):
+    if separation < _SEPARATION or in_corners > _MOST_IN_CORNERS or not _LEAST <= coverage <= _MOST:
         return everything, False
     products = np.stack([_tidy(x) for x in products])
     if (products.mean(axis=(1, 2)) < _LEAST / 2).mean() > 0.05:

@@ -36,9 +36,7 @@ class PerlinNoise:
         Returns:
           float32 [h, w], within about [-1, 1].
         """
-        angle = tf.random.stateless_uniform(
-            [self._nodes, self._nodes], seed, maxval=2.0 * math.pi
-        )
+        angle = tf.random.stateless_uniform([self._nodes, self._nodes], seed, maxval=2.0 * math.pi)
         near_rows, way_rows = (tf.gather(x, row_exponent) for x in self._rows)
         near_columns, way_columns = (tf.gather(x, column_exponent) for x in self._columns)
         down = tf.matmul(tf.matmul(way_rows, tf.sin(angle)), near_columns, transpose_b=True)

@@ -82,9 +82,7 @@ class Simulate:
         return image
 
 
-def blend(
-    image: tf.Tensor, content: tf.Tensor, weight: tf.Tensor, opacity: tf.Tensor
-) -> tf.Tensor:
+def blend(image: tf.Tensor, content: tf.Tensor, weight: tf.Tensor, opacity: tf.Tensor) -> tf.Tensor:
     """`image + opacity * weight * (content - image)`.
 
     Args:

@@ -137,5 +137,3 @@ def procedural(size: tuple[int, int], count: int) -> list[np.ndarray]:
         low, high = rng.uniform(0, 255, (2, 3))
         textures.append(np.round(low + share * (high - low)).astype(np.uint8))
     return textures
-
-

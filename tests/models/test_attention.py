@@ -47,7 +47,9 @@ def test_a_map_that_does_not_divide_is_padded():
         logits = np.array([np.vdot(padded[0][0][box], padded[1][0][o]) for o in boxes])
         weights = np.exp(logits / np.sqrt(8))
         out[0][box] = sum(w * padded[2][0][o] for w, o in zip(weights / weights.sum(), boxes))
-    np.testing.assert_allclose(attention.attend(*map(jnp.asarray, (q, k, v)), 4), out[:, :7, :5], atol=1e-5)
+    np.testing.assert_allclose(
+        attention.attend(*map(jnp.asarray, (q, k, v)), 4), out[:, :7, :5], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("divisions", [(1, 2, 4, 8), (2, 4), (1, 2, 4)])

@@ -40,9 +40,7 @@ def test_k_means_finds_separated_clusters(blobs):
     ours = prototypes.k_means(blobs, 6, jax.random.key(0), mesh)
     best = KMeans(6, n_init=10, random_state=0).fit(blobs).inertia_
     # k-means++ may split one cluster in two and merge others; it never ends far off.
-    runs = [
-        inertia(blobs, prototypes.k_means(blobs, 6, jax.random.key(i), mesh)) for i in range(5)
-    ]
+    runs = [inertia(blobs, prototypes.k_means(blobs, 6, jax.random.key(i), mesh)) for i in range(5)]
     assert min(runs) == pytest.approx(best, rel=1e-4)
     assert inertia(blobs, ours) == pytest.approx(runs[0])
 
