@@ -139,7 +139,7 @@ def read_arrays(path: str | pathlib.Path) -> Arrays:
     return arrays
 
 
-# --- where the file is ---------------------------------------------------------------------------
+# --- where the file is ----------------------------------------------------------------------------
 
 
 def find_weights(weights: str) -> pathlib.Path:
@@ -176,7 +176,7 @@ def find_weights(weights: str) -> pathlib.Path:
     )
 
 
-# --- names and shapes ----------------------------------------------------------------------------
+# --- names and shapes -----------------------------------------------------------------------------
 
 
 def _template(name: str) -> dict[Path, tuple[str, tuple[int, ...]]]:
@@ -254,7 +254,7 @@ def _one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
-# --- values --------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def _conv(
@@ -284,7 +284,7 @@ def _he_normal(shape: tuple[int, ...], seed: int, path: Path) -> np.ndarray:
     return rng.normal(scale=math.sqrt(2 / math.prod(shape[:-1])), size=shape)
 
 
-# --- PyTorch's file formats ----------------------------------------------------------------------
+# --- PyTorch's file formats -----------------------------------------------------------------------
 
 
 class _Tensor(NamedTuple):

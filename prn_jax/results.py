@@ -59,7 +59,7 @@ PAPER = {
 PAPER_MEAN = {"mvtec_ad": _figures(("mean", 99.4, 99.0, 96.1, 78.6))["mean"]}
 
 
-# --- one run ---------------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------
 
 
 def write_run(folder: epath.PathLike, run: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def _git_revision() -> dict[str, Any] | None:
     return {"revision": revision, "dirty": bool(changes)}
 
 
-# --- the table -------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def write_table(workdir: epath.PathLike, dataset: str) -> None:

@@ -55,7 +55,7 @@ class Interrupted(Exception):
     """SIGTERM came; the run is saved and can go on."""
 
 
-# --- schedule and optimiser ----------------------------------------------------------------------
+# --- schedule and optimiser -----------------------------------------------------------------------
 
 
 def total_steps(config: ConfigDict, num_normal: int) -> int:
@@ -87,7 +87,7 @@ def create_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransforma
     )
 
 
-# --- initial state and prototypes ------------------------------------------------------------------
+# --- initial state and prototypes -----------------------------------------------------------------
 
 
 def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
@@ -162,7 +162,7 @@ def fit_prototypes(
     return result
 
 
-# --- the step --------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------
 
 
 def make_train_step(
@@ -204,7 +204,7 @@ def make_train_step(
     return jax.jit(mapped, donate_argnums=0)
 
 
-# --- the loop --------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,7 +463,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Termination:
-    """Notices SIGTERM (preemption, `kill`, a job's time limit) without losing the step under way."""
+    """Notices SIGTERM (preemption, `kill`, a job's time limit) and lets the step finish."""
 
     def __enter__(self):
         self._came = False

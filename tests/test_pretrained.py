@@ -22,7 +22,7 @@ from prn_jax import pretrained
 from prn_jax.errors import UserError
 from prn_jax.models.backbone import create_backbone
 
-# --- torchvision's names and shapes, written down independently ----------------------------------
+# --- torchvision's names and shapes, written down independently -----------------------------------
 
 
 def torchvision_shapes(blocks, bottleneck, width=64, norm=True) -> dict[str, tuple[int, ...]]:
@@ -90,7 +90,7 @@ def load(tmp_path, monkeypatch):
     return from_arrays
 
 
-# --- PyTorch's formats, written by hand ----------------------------------------------------------
+# --- PyTorch's formats, written by hand -----------------------------------------------------------
 
 
 class Storage:
@@ -358,7 +358,7 @@ def test_equals_torchvision(tmp_path, name):
             np.testing.assert_allclose(features[stage] / scale, expected / scale, atol=1e-5)
 
 
-# --- from arrays to variables --------------------------------------------------------------------
+# --- from arrays to variables ---------------------------------------------------------------------
 
 
 def test_batch_norm_is_folded(load, resnet18):
@@ -486,7 +486,7 @@ def test_faulty_arrays_are_named(load, resnet18):
         assert part in text
 
 
-# --- where weights come from ---------------------------------------------------------------------
+# --- where weights come from ----------------------------------------------------------------------
 
 
 def test_hub_id(tmp_path, monkeypatch, resnet18):
