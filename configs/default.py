@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     config.synthesis.textures = ""
     # Textures held in memory, at most (200 kB each at 256x256), evenly spread over what is there.
     config.synthesis.max_textures = 600
-    # A mask covers only pixels of which a channel changed by this much, in grey levels of 255. Ours.
+    # A mask covers only pixels of which a channel changed by so many grey levels of 255. Ours.
     config.synthesis.visible_change = 8
     # An anomaly shows on at least this share of the image, else it is drawn anew, at most
     # so many times (DiffusionAD: any pixel, 50 times). Ours.

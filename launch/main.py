@@ -28,6 +28,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
+    """Trains and evaluates."""
     from prn_jax import experiment, mesh
 
     mesh.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exceptions that programs turn into one line."""
 
 
 class UserError(Exception):
@@ -6,4 +6,11 @@ class UserError(Exception):
 
     The message is one line that names the thing and the mend. Programs in `launch/` print it
     without a traceback and exit with status 1.
+    """
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM) and can go on.
+
+    Programs in `launch/` print the message and exit with status 0.
     """

@@ -108,7 +108,7 @@ def _categories(config: ConfigDict) -> list[str]:
 
     if config.category != "all":
         return [config.category]
-    found = datasets.available(config.data.name, config.data.manual_dir)
+    found = datasets.available(config.data.name, config.data.manual_dir, config.data.data_dir)
     missing = [x for x in datasets.categories(config.data.name, config.data.manual_dir)
                if x not in found]  # fmt: skip
     if missing:

@@ -143,6 +143,7 @@ def roc_curve(ranking: Ranking, points: int | None = None) -> Points | None:
     """False and true positive rates, from (0, 0) to (1, 1); None for one class only.
 
     Args:
+      ranking: of images or of pixels.
       points: at most so many of the curve's own points, spread evenly along it; None for all.
     """
     if not ranking.defined:

@@ -1,13 +1,15 @@
 """What every program in `launch/` shares: flags, log lines, and errors of one line."""
 
+import contextlib
 import logging as python_logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from prn_jax.errors import UserError
+from prn_jax.errors import Interrupted, UserError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -16,8 +18,9 @@ def run(main: Callable[[], None]) -> None:
     Args:
       main: called without arguments when the flags are parsed.
     """
-    # TensorFlow's C++ start-up notes tell a user nothing; its errors still show.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # The start-up notes of TensorFlow's C++ tell a user nothing; what fails raises an exception.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
@@ -27,10 +30,14 @@ def _guarded(main: Callable[[], None]) -> None:
     logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
     # Orbax and JAX note each of their steps at level INFO, through absl's own logger.
     logging.get_absl_logger().addFilter(_ours)
+    with contextlib.suppress(ValueError):  # only the main thread gets signals
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         main()
     except UserError as error:
         fail(str(error))
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from the last checkpoint")
 
@@ -41,7 +48,15 @@ def fail(message: str) -> None:
     sys.exit(1)
 
 
+def _terminated(*_) -> None:
+    """SIGTERM where nothing is to be saved; while training, the loop has a handler of its own."""
+    raise Interrupted("terminated; the same command goes on from the last checkpoint")
+
+
 def _ours(record: python_logging.LogRecord) -> bool:
+    # JAX warns about each plugin that is installed without its hardware.
+    if "Unable to initialize backend" in record.getMessage():
+        return False
     return record.levelno >= python_logging.WARNING or "prn_jax" in record.pathname
 
 

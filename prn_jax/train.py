@@ -27,7 +27,7 @@ from tqdm import tqdm
 from prn_jax import losses, pretrained
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints, as_dict, check_same
-from prn_jax.errors import UserError
+from prn_jax.errors import Interrupted, UserError
 from prn_jax.models.prn import PRN, SCALES, create_model
 from prn_jax.models.prototypes import k_means, num_prototypes
 
@@ -49,10 +49,6 @@ class TrainState:
     params: Tree
     batch_stats: Tree
     opt_state: Tree
-
-
-class Interrupted(Exception):
-    """SIGTERM came; the run is saved and can go on."""
 
 
 # --- schedule and optimiser -----------------------------------------------------------------------
@@ -412,7 +408,8 @@ class _Progress:
         """Raises unless every loss up to this step is finite."""
         self._fetch(keep=0, consume=False)
 
-    def _fetch(self, keep: int, consume: bool = True) -> list[dict[str, float]]:
+    def _fetch(self, keep: int, consume: bool = True) -> list[tuple[int, dict[str, float]]]:
+        """The losses of the steps noted but for the newest `keep`; waits for them."""
         count = len(self._pending) - keep
         fetched = jax.device_get(self._pending[:count])
         for step, values in fetched:
@@ -424,22 +421,25 @@ class _Progress:
                     )
         if consume:
             self._pending = self._pending[count:]
-        return [values for _, values in fetched]
+        return fetched
 
-    def _report(self, step: int, fetched: list[dict[str, float]]) -> None:
+    def _report(self, step: int, fetched: list[tuple[int, dict[str, float]]]) -> None:
         if not fetched:
             return
         now = time.monotonic()
-        means = {name: float(np.mean([x[name] for x in fetched])) for name in fetched[0]}
+        names = fetched[0][1]
+        means = {name: float(np.mean([values[name] for _, values in fetched])) for name in names}
+        # The newest steps may still be running: the pace is that of those that are done.
         since, began = self._mark
-        pace = (step - since) / (now - began) if step > since else 0.0
+        done = fetched[-1][0]
+        pace = (done - since) / (now - began) if done > since else 0.0
         scalars = means | {
             "learning_rate": float(self._schedule(step - 1)),
             "images_per_second": pace * self._config.batch_size,
         }
         self._write_scalars(step, scalars)
-        self._mark = (step, now)
-        to_go = (self._steps - step) / pace if pace else float("nan")
+        self._mark = (done, now)
+        to_go = (self._steps - done) / pace if pace else float("nan")
         line = (
             f"step {step}/{self._steps}  loss {means['loss']:.4f} "
             f"(smooth L1 {means['smooth_l1']:.4f}, focal {means['focal']:.5f})  "

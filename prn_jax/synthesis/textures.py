@@ -11,8 +11,21 @@ from prn_jax.errors import UserError
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # scikit-image's photographs that its package contains.
-_PHOTOGRAPHS = ("brick", "grass", "gravel", "camera", "chelsea", "coffee", "coins", "moon",
-                "page", "rocket", "retina", "immunohistochemistry", "hubble_deep_field")  # fmt: skip
+_PHOTOGRAPHS = (
+    "brick",
+    "grass",
+    "gravel",
+    "camera",
+    "chelsea",
+    "coffee",
+    "coins",
+    "moon",
+    "page",
+    "rocket",
+    "retina",
+    "immunohistochemistry",
+    "hubble_deep_field",
+)
 _CROPS = 12  # of each photograph
 _PROCEDURAL = 60
 
