@@ -268,6 +268,8 @@ class BackboneSpec:
       mean: of the red, green and blue values, in 0..255.
       std: likewise. The input is (uint8 - mean) / std.
       norm_eps: epsilon of the batch norms that the published weights have.
+      gain: what PRN multiplies the features by. Lite0's stages end without activation and are some
+        16 times as large as a ResNet's; their squared residuals would saturate the first logits.
     """
 
     module: type[nn.Module]
@@ -277,6 +279,7 @@ class BackboneSpec:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     norm_eps: float = 1e-5
+    gain: float = 1.0
 
 
 BASIC_CHANNELS = (64, 128, 256, 512)
@@ -310,6 +313,7 @@ BACKBONES: dict[str, BackboneSpec] = {
         mean=(127.0, 127.0, 127.0),
         std=(128.0, 128.0, 128.0),
         norm_eps=1e-3,
+        gain=1 / 16,
     ),
 }
 

@@ -73,7 +73,7 @@ class PRN(nn.Module):
     def _stages(self, image: Array) -> tuple[Array, ...]:
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
-        return self.backbone(normalised.astype(self.dtype))
+        return tuple(spec.gain * x for x in self.backbone(normalised.astype(self.dtype)))
 
 
 def compute_dtype(config: ConfigDict) -> Dtype:
