@@ -18,6 +18,7 @@ from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints, as_dict, check_same
 from prn_jax.errors import UserError
+from prn_jax.metrics import evaluate_maps, evaluate_rankings, rank_images, rank_pixels
 
 
 def train_and_evaluate(
@@ -154,12 +155,11 @@ def _run_category(
     load_seconds = time.monotonic() - began
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     writer = _ScalarWriter(folder)
-    curves: list[dict[str, Any]] = []
 
     def evaluate_during(step, model, variables):
-        metrics = _evaluate(config, model, variables, data.test, mesh)[0]
+        maps, scores = _predict(config, model, variables, data.test, mesh)
+        metrics = evaluate_maps(maps, data.test.mask, scores, data.test.label)
         writer(step, {f"test/{k}": v for k, v in metrics.items() if v is not None})
-        curves.append({"step": step, **metrics})
         logging.info("step %d: %s", step, _one_line(metrics))
 
     try:
@@ -177,7 +177,17 @@ def _run_category(
         writer.close()
         checkpoints.close()
     began = time.monotonic()
-    metrics, maps, scores = _evaluate(config, trained.model, trained.variables, data.test, mesh)
+    maps, scores = _predict(config, trained.model, trained.variables, data.test, mesh)
+    rankings = rank_images(scores, data.test.label), rank_pixels(maps, data.test.mask)
+    metrics = evaluate_rankings(*rankings)
+    thresholds = evaluate.thresholds(*rankings)
+    if thresholds is None:
+        # There are no defects to weigh against, perhaps nothing to test on at all.
+        normal = data.test.select(data.test.label == 0)
+        normal = normal if len(normal) else data.train
+        thresholds = evaluate.thresholds_from_normals(
+            *_predict(config, trained.model, trained.variables, normal, mesh)
+        )
     timing = trained.timing | {
         "load_seconds": load_seconds,
         "evaluate_seconds": time.monotonic() - began,
@@ -187,36 +197,37 @@ def _run_category(
             "category": config.category,
             "dataset": config.data.name,
             "metrics": metrics,
+            "thresholds": thresholds,
             "steps": trained.step,
             "split": {"seed": config.split_seed, "seen": list(data.seen.id)},
             "test": _test_table(data.test, scores),
-            "curves": curves,
             "config": as_dict(config),
             "seed": config.seed,
             "provenance": results.provenance(),
             "timing": timing,
             "parameters": _count(trained.variables["params"]),
         }
-        _write_pictures(folder, data.test, maps, scores)
+        if len(data.test):
+            _write_pictures(folder, data.test, maps, scores)
+        # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
+        results.write_thresholds(checkpoints.folder, trained.step, thresholds)
+        results.write_predictions(folder, data.test.image, data.test.mask, maps)
         results.write_run(folder, run)
         logging.info("%s: %s", config.category, _one_line(metrics))
     meshes.barrier(f"{config.category} is evaluated")
     return metrics
 
 
-def _evaluate(config, model, variables, test, mesh):
-    """Metrics, maps and scores of the test split, the same on every process."""
-    from prn_jax import metrics
-
-    maps, scores = evaluate.predict(
+def _predict(config, model, variables, images, mesh):
+    """Maps and scores of a split, the same on every process."""
+    return evaluate.predict(
         model,
-        {name: variables[name] for name in variables},
-        test.image,
+        variables,
+        images.image,
         mesh,
         batch_size=config.eval_batch_size,
         score_pixels=config.score_pixels,
     )
-    return metrics.evaluate_maps(maps, test.mask, scores, test.label), maps, scores
 
 
 def _test_table(test, scores: np.ndarray) -> list[dict[str, Any]]:

@@ -28,8 +28,8 @@ def run(main: Callable[[], None]) -> None:
 def _guarded(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
-    # Orbax and JAX note each of their steps at level INFO, through absl's own logger.
-    logging.get_absl_logger().addFilter(_ours)
+    # Orbax and JAX note each of their steps at level INFO.
+    logging.get_absl_handler().addFilter(_ours)
     with contextlib.suppress(ValueError):  # only the main thread gets signals
         signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -2,10 +2,12 @@
 
 import datetime
 import importlib.metadata
+import io
 import json
 import pathlib
 import platform
 import subprocess
+import zipfile
 from typing import Any
 
 import jax
@@ -69,6 +71,44 @@ def write_run(folder: epath.PathLike, run: dict[str, Any]) -> None:
       ValueError: a figure is not finite.
     """
     _write(epath.Path(folder) / "results.json", _as_json(run))
+
+
+def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, float | str]) -> None:
+    """Writes `thresholds.json` into the folder of the checkpoints, for the one of `step`."""
+    _write(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
+
+
+def write_predictions(
+    folder: epath.PathLike, images: np.ndarray, masks: np.ndarray, maps: np.ndarray
+) -> None:
+    """Writes `predictions.npz` of one category: what a report shows, in the order of `test`.
+
+    Args:
+      folder: the category's.
+      images: uint8 [n, h, w, 3].
+      masks: uint8 [n, h, w] in {0, 1}.
+      maps: float32 [n, h, w] in [0, 1]; stored as float16.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, image=images, mask=masks, map=maps.astype(np.float16))
+    _write(epath.Path(folder) / "predictions.npz", buffer.getvalue())
+
+
+def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
+    """Reads `predictions.npz`: `image`, `mask` and `map` (float16).
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = epath.Path(folder) / "predictions.npz"
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            return {name: stored[name] for name in ("image", "mask", "map")}
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is missing or damaged: remove {path.parent / 'results.json'} and run the "
+            "category again (it is only evaluated)"
+        ) from error
 
 
 def read_run(folder: epath.PathLike) -> dict[str, Any]:
@@ -224,11 +264,12 @@ def _as_json(tree: Any) -> str:
     return json.dumps(tree, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _write(path: epath.Path, text: str) -> None:
+def _write(path: epath.Path, content: str | bytes) -> None:
+    content = content.encode() if isinstance(content, str) else content
     temporary = path.parent / f".{path.name}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

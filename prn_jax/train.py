@@ -432,19 +432,19 @@ class _Progress:
         # The newest steps may still be running: the pace is that of those that are done.
         since, began = self._mark
         done = fetched[-1][0]
-        pace = (done - since) / (now - began) if done > since else 0.0
-        scalars = means | {
-            "learning_rate": float(self._schedule(step - 1)),
-            "images_per_second": pace * self._config.batch_size,
-        }
+        scalars = means | {"learning_rate": float(self._schedule(step - 1))}
+        pace = ""
+        if done > since:
+            seconds = (now - began) / (done - since)
+            scalars["images_per_second"] = self._config.batch_size / seconds
+            to_go = _duration((self._steps - done) * seconds)
+            pace = f"  {scalars['images_per_second']:.1f} images/s  ETA {to_go}"
         self._write_scalars(step, scalars)
         self._mark = (done, now)
-        to_go = (self._steps - done) / pace if pace else float("nan")
         line = (
             f"step {step}/{self._steps}  loss {means['loss']:.4f} "
             f"(smooth L1 {means['smooth_l1']:.4f}, focal {means['focal']:.5f})  "
-            f"lr {scalars['learning_rate']:.2e}  "
-            f"{scalars['images_per_second']:.1f} images/s  ETA {_duration(to_go)}"
+            f"lr {scalars['learning_rate']:.2e}{pace}"
         )
         if self._bar.disable:
             logging.info("%s", line)
@@ -455,8 +455,6 @@ class _Progress:
 
 
 def _duration(seconds: float) -> str:
-    if not np.isfinite(seconds):
-        return "--:--"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
