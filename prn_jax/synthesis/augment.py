@@ -130,7 +130,7 @@ def warp(
 
     Args:
       image: [h, w, c], uint8 or float32.
-      angle: radians, counter-clockwise in image coordinates.
+      angle: radians, clockwise as the image is seen.
       scale: above 1 enlarges.
       source: (row, column), float32 [2].
       target: (row, column), float32 [2].

@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from prn_jax import evaluate
+from prn_jax import mesh as meshes
+from prn_jax.models.backbone import BACKBONES
+from prn_jax.models.prn import PRN, compute_dtype
+
+
+def init(model, size):
+    image = jnp.zeros((1, *size, 3), jnp.uint8)
+    return jax.jit(model.init)(jax.random.key(0), image)
+
+
+def draw(count, size):
+    return np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96), (160, 64)])
+def test_one_logit_per_pixel_at_any_multiple_of_32(size):
+    model = PRN(attention_layers=1, num_prototypes=2)
+    logits = jax.jit(model.apply)(init(model, size), draw(2, size))
+    assert logits.shape == (2, *size)
+    assert logits.dtype == jnp.float32
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_every_backbone_fits(name):
+    model = PRN(backbone_name=name, attention_layers=1)
+    image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.uint8)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    assert jax.eval_shape(model.apply, variables, image).shape == (2, 64, 64)
+    channels = [variables["prototypes"][f"scale_{i}"]["maps"].shape[-1] for i in range(3)]
+    assert tuple(channels) == BACKBONES[name].channels[:3]
+
+
+def test_an_image_s_logits_do_not_depend_on_its_batch():
+    model = PRN(attention_layers=1, num_prototypes=2)
+    variables, images = init(model, (64, 64)), jnp.asarray(draw(4, (64, 64)))
+    together = model.apply(variables, images)
+    alone = jnp.concatenate([model.apply(variables, images[i : i + 1]) for i in range(4)])
+    scale = float(jnp.abs(together).max())
+    np.testing.assert_allclose(together, alone, atol=1e-4 * scale)
+
+
+def test_the_number_of_attention_layers_counts():
+    small, large = (PRN(attention_layers=n) for n in (1, 3))
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    counts = [
+        sum(name.startswith("attention") for name in shapes["params"])
+        for shapes in (jax.eval_shape(m.init, jax.random.key(0), image) for m in (small, large))
+    ]
+    assert counts == [3, 9]
+
+
+def test_bfloat16_computes_but_keeps_variables_and_logits_float32():
+    model = PRN(attention_layers=1, dtype=jnp.bfloat16)
+    variables = init(model, (64, 64))
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    images = jnp.asarray(draw(2, (64, 64)))
+    exact, rounded = (m.apply(variables, images) for m in (PRN(attention_layers=1), model))
+    assert rounded.dtype == jnp.float32
+    assert 0 < np.abs(rounded - exact).mean() < 0.1 * np.abs(exact).mean()
+
+
+def test_auto_is_float32_on_cpu():
+    assert compute_dtype(default.get_config()) == jnp.float32
+
+
+def test_every_image_is_predicted_once_whatever_the_batch():
+    model = PRN(attention_layers=1)
+    variables, images = init(model, (64, 64)), draw(11, (64, 64))
+    results = []
+    for devices, batch_size in ((1, 11), (8, 8), (2, 4)):
+        mesh = meshes.create_mesh(jax.devices()[:devices])
+        placed = meshes.replicate(mesh, variables)
+        results.append(evaluate.predict(model, placed, images, mesh, batch_size=batch_size))
+    # Untrained logits are steep: rounding shows in the third digit.
+    for maps, scores in results[1:]:
+        np.testing.assert_allclose(maps, results[0][0], atol=5e-3)
+        np.testing.assert_allclose(scores, results[0][1], atol=5e-3)
+
+
+@pytest.mark.parametrize(("size", "count"), [((256, 256), 100), ((128, 128), 25), ((32, 32), 2)])
+def test_the_score_is_the_mean_of_the_highest_pixels(size, count):
+    maps = np.random.default_rng(0).random((3, *size)).astype(np.float32)
+    expected = np.sort(maps.reshape(3, -1), axis=1)[:, -count:].mean(axis=1)
+    np.testing.assert_allclose(evaluate.image_score(jnp.asarray(maps), 100), expected, rtol=1e-6)
+
+
+def test_thresholds():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random(40).astype(np.float32), rng.integers(0, 2, 40)
+    maps = rng.random((5, 4, 4)).astype(np.float32)
+    masks = rng.integers(0, 2, (5, 4, 4))
+    from prn_jax.metrics import rank_images, rank_pixels
+
+    found = evaluate.thresholds(rank_images(scores, labels), rank_pixels(maps, masks))
+
+    def f1(threshold):
+        called = scores >= threshold
+        return 2 * (called & (labels == 1)).sum() / (called.sum() + labels.sum())
+
+    assert f1(found["image"]) == max(f1(x) for x in scores)
+    nothing = rank_images(scores, np.zeros(40, int)), rank_pixels(maps, np.zeros_like(masks))
+    assert evaluate.thresholds(*nothing) is None
+    found = evaluate.thresholds_from_normals(maps, scores)
+    assert found["image"] > scores.max()
+    assert found["pixel"] > maps.max()
+    assert found["image"] == pytest.approx(scores.max(), rel=1e-6)

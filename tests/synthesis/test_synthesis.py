@@ -1,0 +1,176 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from scipy import ndimage
+
+from configs import default
+from prn_jax.errors import UserError
+from prn_jax.synthesis import extended, foreground, textures
+from prn_jax.synthesis.augment import Draws
+from prn_jax.synthesis.perlin import PerlinNoise
+from prn_jax.synthesis.simulated import Simulate, blend
+
+
+def seed(number):
+    return tf.constant([3, number], tf.int32)
+
+
+def classic_perlin(height, width, rows, columns, angles):
+    """Perlin's definition, pixel by pixel."""
+    field = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            v, u = y * rows / height, x * columns / width
+            i, j = int(v), int(u)
+
+            def at(di, dj, i=i, j=j, u=u, v=v):
+                angle = angles[i + di, j + dj]
+                return np.sin(angle) * (v - i - di) + np.cos(angle) * (u - j - dj)
+
+            def fade(t):
+                return 6 * t**5 - 15 * t**4 + 10 * t**3
+
+            a, b = fade(v - i), fade(u - j)
+            top = at(0, 0) * (1 - b) + at(0, 1) * b
+            bottom = at(1, 0) * (1 - b) + at(1, 1) * b
+            field[y, x] = top * (1 - a) + bottom * a
+    return np.sqrt(2) * field
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (1, 3), (3, 2)])
+def test_perlin_noise_is_perlins_definition(row, column):
+    noise = PerlinNoise(24, 40, max_exponent=3)
+    found = noise(seed(0), tf.constant(row), tf.constant(column)).numpy()
+    angles = tf.random.stateless_uniform([9, 9], seed(0), maxval=2 * np.pi).numpy()
+    expected = classic_perlin(24, 40, 2**row, 2**column, angles.astype(float))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_blend_is_its_formula():
+    rng = np.random.default_rng(0)
+    image, content = rng.integers(0, 256, (2, 8, 9, 3)).astype(np.uint8)
+    weight, opacity = rng.random((8, 9)).astype(np.float32), 0.3
+    found = blend(tf.constant(image), tf.constant(content), tf.constant(weight), opacity).numpy()
+    expected = image + opacity * weight[..., None].astype(float) * (content.astype(float) - image)
+    assert np.abs(found - expected).max() <= 0.501
+
+
+def test_simulated_anomalies_stay_on_the_foreground_and_change_nothing_else():
+    config = default.get_config().synthesis
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 48, 3)).astype(np.uint8)
+    on = np.zeros((64, 48), bool)
+    on[10:50, 8:40] = True
+    stuff = rng.integers(0, 256, (3, 64, 48, 3)).astype(np.uint8)
+    simulate = Simulate((64, 48), tf.constant(stuff), config, self_source=True)
+    shown = 0
+    for number in range(20):
+        made, shape = simulate(tf.constant(image), tf.constant(on), Draws(seed(number)))
+        made, shape = made.numpy(), shape.numpy()
+        assert not (shape & ~on).any()
+        assert (made == image)[~shape].all()
+        shown += (made != image)[shape].any()
+    assert shown > 5
+
+
+def test_the_shuffled_image_keeps_its_pixels():
+    config = default.get_config().synthesis
+    image = np.arange(48 * 40 * 3, dtype=np.uint32).reshape(48, 40, 3).astype(np.uint8)
+    simulate = Simulate((48, 40), tf.constant(image[None]), config, self_source=True)
+    found = simulate._shuffle(tf.constant(image), seed(1)).numpy()
+    assert (found != image).any()
+    np.testing.assert_array_equal(np.bincount(found.ravel()), np.bincount(image.ravel()))
+
+
+def test_regions_are_scipys():
+    masks = (np.random.default_rng(0).random((4, 30, 30)) > 0.9).astype(np.uint8)
+    masks[3] = 0
+    masks[3, 2, 2] = 1  # smaller than any region that is kept, and all there is
+    numbers, regions, centres = extended.cut_regions(masks, min_pixels=4)
+    expected = 1
+    for mask in masks[:3]:
+        labels, count = ndimage.label(mask, np.ones((3, 3)))
+        expected += sum(np.sum(labels == i) >= 4 for i in range(1, count + 1))
+    assert len(numbers) == expected
+    for number, region, centre in zip(numbers, regions, centres):
+        assert (masks[number][region > 0] == 1).all()
+        rows, columns = np.nonzero(region)
+        np.testing.assert_allclose(
+            centre, [(rows[0] + rows[-1]) / 2, (columns.min() + columns.max()) / 2]
+        )
+
+
+def test_an_untransformed_piece_is_a_cut_and_paste():
+    config = default.get_config().synthesis
+    config.update(extended_spatial=0.0, extended_colour=0.0, extended_opaque=1.0, max_pastes=1)
+    rng = np.random.default_rng(0)
+    source = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:9, 6:13] = 1  # the middle is (6, 9)
+    extend = extended.Extend(source[None], mask[None], config)
+    image = np.zeros((32, 32, 3), np.uint8)
+    point = tf.constant([[20.0, 17.0]])
+    everywhere = tf.ones((32, 32), tf.bool)
+    made, where = extend(tf.constant(image), everywhere, point, Draws(seed(0)))
+    np.testing.assert_array_equal(where.numpy(), np.roll(mask, (14, 8), (0, 1)) > 0)
+    np.testing.assert_array_equal(made.numpy()[18:23, 14:21], source[4:9, 6:13])
+    assert made.numpy().sum() == source[4:9, 6:13].sum()
+
+
+def test_an_object_is_found_and_a_texture_is_all_foreground():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:128, :128]
+    discs = []
+    for _ in range(8):
+        cy, cx = rng.integers(50, 78, 2)
+        disc = (y - cy) ** 2 + (x - cx) ** 2 < 35**2
+        picture = np.where(disc[..., None], [60, 90, 160], [230, 228, 225])
+        discs.append((disc, np.clip(picture + rng.normal(0, 6, (128, 128, 3)), 0, 255)))
+    pictures = np.stack([p for _, p in discs]).astype(np.uint8)
+    found, is_object = foreground.estimate_foreground(pictures)
+    assert is_object
+    for mask, (disc, _) in zip(found, discs):
+        union, both = np.sum((mask > 0) | disc), np.sum((mask > 0) & disc)
+        assert both / union > 0.85
+        assert both == disc.sum()  # the edge is inside
+    texture = rng.integers(0, 256, (8, 128, 128, 3)).astype(np.uint8)
+    found, is_object = foreground.estimate_foreground(texture)
+    assert not is_object
+    assert found.all()
+
+
+def test_foreground_points_lie_on_it():
+    masks = np.zeros((2, 20, 30), np.uint8)
+    masks[0, 3:7, 5:25] = 1
+    masks[1, 10, 10] = 1
+    points = foreground.foreground_points(masks).astype(int)
+    for mask, own in zip(masks, points):
+        assert mask[own[:, 0], own[:, 1]].all()
+    assert len(np.unique(points[0], axis=0)) > 60
+
+
+def test_textures_come_from_a_folder_searched_recursively(tmp_path):
+    for i, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        path = tmp_path / f"sub{i}" / f"{i}.png"
+        path.parent.mkdir()
+        Image.new("RGB", (50, 40), colour).save(path)
+    found = textures.load_textures(str(tmp_path), (16, 24), 10, data_dir="")
+    assert found.shape == (3, 16, 24, 3)
+    assert found[1, 0, 0].tolist() == [0, 255, 0]
+    assert len(textures.load_textures(str(tmp_path), (16, 24), 2, data_dir="")) == 2
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="broken.png cannot be read"):
+        textures.load_textures(str(tmp_path), (16, 24), 10, data_dir="")
+
+
+def test_a_texture_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match="synthesis.textures=.*no images"):
+        textures.load_textures(str(tmp_path), (16, 24), 10, data_dir="")
+
+
+def test_bundled_textures_leave_the_demo_s_own_photograph_out():
+    everything = textures.load_textures("", (16, 16), 1000, data_dir="")
+    without = textures.load_textures("", (16, 16), 1000, data_dir="", exclude="gravel")
+    assert len(everything) - len(without) == 12
+    assert len(np.unique(without.reshape(len(without), -1), axis=0)) == len(without)

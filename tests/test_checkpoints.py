@@ -1,0 +1,81 @@
+import jax
+import numpy as np
+import pytest
+
+from prn_jax import mesh as meshes
+from prn_jax.checkpoints import Checkpoints, check_same
+from prn_jax.errors import UserError
+
+
+@pytest.fixture
+def tree():
+    mesh = meshes.create_mesh()
+    rng = np.random.default_rng(0)
+    return meshes.replicate(mesh, {"a": {"kernel": rng.random((3, 4))}, "b": rng.random(5)})
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b))
+
+
+def test_what_is_saved_comes_back_and_old_ones_go(tree, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest_step() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, tree, {"step": tree["b"]}, {"seed": step})
+        checkpoints.wait()
+    assert checkpoints.latest_step() == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+    model, optimizer = checkpoints.restore(tree, {"step": tree["b"]})
+    assert same(model, tree)
+    assert same(optimizer, {"step": tree["b"]})
+    assert checkpoints.config() == {"seed": 3}
+    assert checkpoints.config(2) == {"seed": 2}
+    assert same(checkpoints.restore_model(), tree)
+    checkpoints.close()
+
+
+def test_an_unfinished_save_is_no_checkpoint(tree, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, tree, {"step": tree["b"]}, {})
+    checkpoints.close()
+    # What a process killed while it saves leaves: Orbax's temporary folder.
+    unfinished = tmp_path / "9.orbax-checkpoint-tmp-123"
+    unfinished.mkdir()
+    (unfinished / "half").write_text("")
+    again = Checkpoints(tmp_path)
+    assert again.latest_step() == 5
+    assert same(again.restore_model(), tree)
+    again.close()
+
+
+def test_an_unwritable_folder_is_one_line_and_keeps_what_is_there(tree, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write checkpoints to .*file.*another --workdir"):
+        Checkpoints(blocked / "checkpoints")
+    assert blocked.read_text() == "in the way"
+
+
+def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(tree, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, tree, {"step": tree["b"]}, {})
+    checkpoints.wait()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(UserError, match=r"No space left on device; free some space"):
+        checkpoints.save(2, tree, {"step": tree["b"]}, {})
+    assert checkpoints.latest_step() == 1
+    assert same(checkpoints.restore_model(), tree)
+    checkpoints.close()
+
+
+def test_changed_fields_are_named_and_free_ones_are_not():
+    saved = {"seed": 0, "log_every": 10, "optimizer": {"learning_rate": 0.1}}
+    check_same(saved, saved | {"log_every": 1}, "here")
+    changed = {"seed": 1, "log_every": 10, "optimizer": {"learning_rate": 0.1}, "new": 3}
+    with pytest.raises(UserError, match=r"new was 'absent', is 3; seed was 0, is 1"):
+        check_same(saved, changed, "here")
