@@ -1,0 +1,249 @@
+"""The program as a user runs it: bad input, interruptions, several processes."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from prn_jax.checkpoints import Checkpoints
+from tests.trees import make_mvtec
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 12
+SMALL = {
+    "image_size": 64,
+    "attention.layers": 1,
+    "backbone.weights": "random",
+    "batch_size": 8,
+    "total_steps": STEPS,
+    "log_every": 1,
+    "checkpoint.every_steps": 2,
+    "prototypes.iterations": 5,
+    "synthesis.max_textures": 20,
+    "optimizer.learning_rate": 1e-4,
+}
+
+
+def command(config, workdir, *arguments, **fields):
+    overrides = [f"--config.{k}={v}" for k, v in (SMALL | fields).items()]
+    program = [sys.executable, "launch/main.py", f"--config=configs/{config}.py"]
+    return [*program, f"--workdir={workdir}", *overrides, *arguments]
+
+
+def environment(devices=1):
+    flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
+    return os.environ | {"XLA_FLAGS": flags, "HF_HUB_OFFLINE": "1"}
+
+
+def execute(arguments, devices=1):
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300
+    )
+
+
+def final_variables(workdir, category="gravel"):
+    checkpoints = Checkpoints(workdir / category / "checkpoints")
+    assert checkpoints.latest_step() == STEPS
+    variables = checkpoints.restore_model()
+    checkpoints.close()
+    return variables
+
+
+def assert_equal(a, b, **tolerance):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, err_msg=name, **({"rtol": 0, "atol": 0} | tolerance))
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bottle(tmp_path_factory):
+    """A tiny MVTec AD with one category."""
+    root = tmp_path_factory.mktemp("mvtec")
+    make_mvtec(root, defects={"broken": 12}, size=(64, 64))
+    return root
+
+
+def truncate(root):
+    path = root / "bottle" / "train" / "good" / "001.png"
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def remove_mask(root):
+    (root / "bottle" / "ground_truth" / "broken" / "003_mask.png").unlink()
+
+
+def add_mask(root):
+    Image.new("L", (64, 64), 255).save(root / "bottle/ground_truth/broken/099_mask.png")
+
+
+BAD = {
+    "a wrong path": ({"data.manual_dir": "/nowhere"}, None, r"/nowhere/bottle/train.*manual_dir"),
+    "an unreadable image": ({}, truncate, r"train/good/001.png"),
+    "an image without a mask": ({}, remove_mask, r"broken/003.png.*without a mask"),
+    "a mask without an image": ({}, add_mask, r"099_mask.png.*without an image"),
+    "an unknown category": ({"category": "botle"}, None, r"'botle'.*did you mean 'bottle'"),
+    "an indivisible batch": ({"batch_size": 7}, None, r"batch_size=7 cannot be divided among 2"),
+    "an unreachable hub": ({"backbone.weights": "timm/none"}, None, r"timm/none"),
+    "a misspelt field": ({"batchsize": 8}, None, r"batchsize.*batch_size"),
+    "a wrong size": ({"image_size": 100}, None, r"image_size=.100.*give .*multiple of 32"),
+    "a folder without textures": ({"synthesis.textures": "/nowhere"}, None, r"no images"),
+    "too many seen anomalies": ({"num_seen": 99}, None, r"num_seen=99, but there are only 12"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_is_one_line_and_leaves_nothing(name, bottle, tmp_path):
+    fields, spoil, message = BAD[name]
+    root = bottle
+    if spoil:
+        root = tmp_path / "raw"
+        make_mvtec(root, defects={"broken": 12}, size=(64, 64))
+        spoil(root)
+    fields = {
+        "category": "bottle",
+        "data.manual_dir": root,
+        "data.data_dir": tmp_path / "records",
+    } | fields
+    result = execute(command("mvtec", tmp_path / "work", **fields), devices=2)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1, result.stderr
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "work").rglob("results.json"))
+    written = [p for p in (tmp_path / "work").glob("bottle/checkpoints/*") if p.is_dir()]
+    assert not written
+    assert not list((tmp_path / "records").rglob("*incomplete*"))
+
+
+def test_help_names_every_flag():
+    result = execute([sys.executable, "launch/main.py", "--help"])
+    assert "Trains and evaluates PRN" in result.stdout
+    assert "--workdir" in result.stdout
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_fields(tmp_path_factory):
+    return {"data.data_dir": tmp_path_factory.mktemp("records")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(demo_fields, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    result = execute(command("demo", workdir, **demo_fields))
+    assert result.returncode == 0, result.stderr
+    return final_variables(workdir), json.loads((workdir / "gravel/results.json").read_text())
+
+
+def interrupt(arguments, after_step, delay, signal_number):
+    """Starts the program and signals it some time after it reports a step; its exit status."""
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith(f"step {after_step}/"):
+            time.sleep(delay)
+            process.send_signal(signal_number)
+            break
+    lines += process.stderr.readlines()
+    return process.wait(timeout=120), "".join(lines)
+
+
+# PRN_KILLS=20 tries more points.
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(int(os.environ.get("PRN_KILLS", "4"))))
+def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninterrupted, tmp_path):
+    draw = random.Random(number)
+    # Steps save every other time: some signals come while a checkpoint is written.
+    arguments = command("demo", tmp_path, **demo_fields)
+    step, delay = draw.randrange(2, STEPS - 1), draw.uniform(0.0, 0.4)
+    if number % 2:
+        status, log = interrupt(arguments, step, delay, signal.SIGTERM)
+        assert status == 0, log
+        assert re.search(r"stopped at step \d+ of 12 and saved; the same command goes on|"
+                         r"terminated; the same command goes on", log)  # fmt: skip
+    else:
+        status, log = interrupt(arguments, step, delay, signal.SIGKILL)
+        assert status == -signal.SIGKILL, log
+    result = execute(arguments)
+    assert result.returncode == 0, result.stderr
+    variables, run = uninterrupted
+    assert_equal(final_variables(tmp_path), variables)
+    again = json.loads((tmp_path / "gravel/results.json").read_text())
+    assert again["metrics"] == run["metrics"]
+    assert again["test"] == run["test"]
+
+
+@pytest.mark.slow
+def test_a_finished_category_is_not_run_again(demo_fields, uninterrupted, tmp_path):
+    fields = demo_fields | {"total_steps": 1, "category": "gravel"}
+    first = execute(command("demo", tmp_path, **fields))
+    assert first.returncode == 0, first.stderr
+    written = (tmp_path / "gravel" / "results.json").stat().st_mtime_ns
+    second = execute(command("demo", tmp_path, **fields))
+    assert "gravel: finished before" in second.stderr
+    assert (tmp_path / "gravel" / "results.json").stat().st_mtime_ns == written
+    assert second.stdout == first.stdout
+    third = execute(command("demo", tmp_path, **fields | {"seed": 1}))
+    assert third.returncode == 1
+    assert "seed was 0, is 1" in third.stderr
+
+
+# --- several processes and devices ----------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_make_the_run_of_one(demo_fields, uninterrupted, tmp_path):
+    coordinator = f"--coordinator=127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            command(
+                "demo", tmp_path, coordinator, "--num_processes=2", f"--process_id={i}",
+                **demo_fields,
+            ),
+            cwd=ROOT, env=environment(devices=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "results:" in outputs[0][0]
+    # Only process 0 reports and writes.
+    assert "results:" not in outputs[1][0]
+    assert "step " not in outputs[1][1]
+    variables, run = uninterrupted
+    found = final_variables(tmp_path)
+    assert_equal(found["prototypes"], variables["prototypes"], rtol=1e-4, atol=1e-5)
+    again = json.loads((tmp_path / "gravel/results.json").read_text())
+    assert again["provenance"]["device"]["processes"] == 2
+    for a, b in zip(again["test"], run["test"], strict=True):
+        assert a["id"] == b["id"]
+        assert a["score"] == pytest.approx(b["score"], abs=0.02)
