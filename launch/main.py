@@ -9,7 +9,7 @@ Run it again with the same arguments to go on after an interruption.
 import pathlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -32,6 +32,8 @@ def main() -> None:
     from prn_jax import experiment, mesh
 
     mesh.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if not mesh.is_main():
+        logging.set_verbosity(logging.WARNING)  # process 0 reports
     experiment.train_and_evaluate(
         CONFIG.value, WORKDIR.value, allow_config_change=ALLOW_CONFIG_CHANGE.value
     )

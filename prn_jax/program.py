@@ -54,8 +54,9 @@ def _terminated(*_) -> None:
 
 
 def _ours(record: python_logging.LogRecord) -> bool:
-    # JAX warns about each plugin that is installed without its hardware.
-    if "Unable to initialize backend" in record.getMessage():
+    # JAX warns of each plugin without its hardware, Orbax of the items that it was not asked for.
+    message = record.getMessage()
+    if "Unable to initialize backend" in message or "could not be restored. Please" in message:
         return False
     return record.levelno >= python_logging.WARNING or "prn_jax" in record.pathname
 
