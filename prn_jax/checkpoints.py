@@ -85,15 +85,15 @@ class Checkpoints:
         return restored.model, restored.optimizer
 
     def restore_model(self, step: int | None = None) -> Tree:
-        """Reads only what prediction needs, as NumPy arrays."""
+        """Reads only what prediction needs, onto one device."""
         step = self.latest_step() if step is None else step
         metadata = self._manager.item_metadata(step).model
-        abstract = jax.tree.map(lambda x: ocp.utils.to_shape_dtype_struct(x), metadata)
-        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        # Whatever devices saved it: everything comes to one that is here.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), abstract
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), metadata
         )
-        items = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
+        items = ocp.args.Composite(model=ocp.args.StandardRestore(abstract, fallback_sharding=here))
         return self._manager.restore(step, args=items).model
 
     def config(self, step: int | None = None) -> dict:

@@ -244,7 +244,9 @@ def _rank(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | None)
     return Ranking(threshold[new], tp[new], fp[new], overlap, len(positive), len(negative))
 
 
-def _between(above: np.ndarray, at: np.ndarray, first: float | int, last: float | int) -> np.ndarray:
+def _between(
+    above: np.ndarray, at: np.ndarray, first: float | int, last: float | int
+) -> np.ndarray:
     """first, above[0], at[0], above[1], at[1], ..., last."""
     return np.concatenate([[first], np.stack([above, at], axis=1).ravel(), [last]])
 
