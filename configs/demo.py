@@ -13,5 +13,5 @@ def get_config() -> ConfigDict:
     config.image_size = (128, 128)
     config.backbone.name = "efficientnet_lite0"
     config.batch_size = 16
-    config.total_steps = 200
+    config.total_steps = 300
     return config
