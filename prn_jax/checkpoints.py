@@ -42,15 +42,18 @@ class Checkpoints:
     Args:
       folder: where they lie, local or `gs://`; absolute.
       keep: how many of the newest stay.
+      read_only: nothing is ever written or tidied up: another process may be saving there.
     """
 
-    def __init__(self, folder: str | pathlib.Path, keep: int = 2):
+    def __init__(self, folder: str | pathlib.Path, keep: int = 2, read_only: bool = False):
         self.folder = epath.Path(folder)
         with _writable(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, enable_async_checkpointing=True
+                    max_to_keep=None if read_only else keep,
+                    enable_async_checkpointing=not read_only,
+                    read_only=read_only,
                 ),
                 item_names=("model", "optimizer", "config"),
             )
@@ -58,6 +61,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None without one."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, model: Tree, optimizer: Tree, config: dict) -> None:
         """Starts to save; returns when the arrays are copied from the device."""

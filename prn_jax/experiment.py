@@ -52,7 +52,7 @@ def train_and_evaluate(
     _cache_compilations()
     mesh = meshes.create_mesh()
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
-    names = _categories(config)
+    names = categories(config)
     finished = {}
     for name in names:
         with config.unlocked():
@@ -103,7 +103,7 @@ def checked(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _categories(config: ConfigDict) -> list[str]:
+def categories(config: ConfigDict) -> list[str]:
     """The categories to run: the one named, or all that are found."""
     from prn_jax import datasets
 

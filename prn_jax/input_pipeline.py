@@ -18,7 +18,7 @@ from prn_jax.errors import UserError
 from prn_jax.synthesis import augment
 from prn_jax.synthesis.augment import Draws
 from prn_jax.synthesis.extended import Extend
-from prn_jax.synthesis.foreground import estimate_foreground, foreground_points
+from prn_jax.synthesis.foreground import cached_foreground, foreground_points
 from prn_jax.synthesis.simulated import Simulate, blend
 from prn_jax.synthesis.textures import load_textures
 
@@ -126,7 +126,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     normal = train.select(train.label == 0)
     if not len(normal):
         raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
-    foreground, is_object = estimate_foreground(normal.image)
+    foreground, is_object = cached_foreground(normal.image, builder.data_path)
     logging.info(
         "%s: %s",
         category,

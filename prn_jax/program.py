@@ -12,17 +12,22 @@ from absl import app, flags, logging
 from prn_jax.errors import Interrupted, UserError
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], positional: bool = False) -> None:
     """Runs a program whose flags are defined: exits 0, or 1 after one line that says what to mend.
 
     Args:
-      main: called without arguments when the flags are parsed.
+      main: called when the flags are parsed: without arguments, or with the list of those that
+        are no flags.
+      positional: whether there may be any.
     """
     # The start-up notes of TensorFlow's C++ tell a user nothing; what fails raises an exception.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    app.run(lambda _: _guarded(main), flags_parser=_parse)
+    app.run(
+        lambda rest: _guarded(lambda: main(rest[1:]) if positional else main()),
+        flags_parser=lambda argv: _parse(argv, positional),
+    )
 
 
 def _guarded(main: Callable[[], None]) -> None:
@@ -61,7 +66,7 @@ def _ours(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING or "prn_jax" in record.pathname
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], positional: bool) -> list[str]:
     """Parses flags; an unknown or malformed one is one line that names the nearest real one."""
     try:
         rest = flags.FLAGS(argv)
@@ -71,6 +76,6 @@ def _parse(argv: list[str]) -> list[str]:
         fail(f"no such config field: {text}")
     except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{error} (see --help)")
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         fail(f"unexpected argument {rest[1]!r}; fields are overridden as --config.name=value")
     return rest

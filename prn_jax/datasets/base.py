@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from prn_jax.datasets import images
+from prn_jax import images
 from prn_jax.errors import UserError
 
 GOOD = "good"

@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from scipy import ndimage
 
-from prn_jax.datasets import base, images
+from prn_jax import images
+from prn_jax.datasets import base
 from prn_jax.errors import UserError
 
 SIZE = 128  # pixels, of a crop's sides

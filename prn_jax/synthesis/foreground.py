@@ -6,7 +6,13 @@ the whole image is foreground. PRN's first author uses a saliency network for th
 here needs none, and no threshold per category.
 """
 
+import hashlib
+import io
+import zipfile
+
 import numpy as np
+from absl import logging
+from etils import epath
 from scipy import ndimage
 
 # Fractions of the image's side, and of its pixels.
@@ -18,6 +24,42 @@ _MOST_IN_CORNERS = 0.1
 _LEAST, _MOST = 0.04, 0.97
 # Least share of the distances' variance that the two classes explain (one Gaussian: 0.64).
 _SEPARATION = 0.7
+# Raise it when the estimate changes: what was cached is then made anew.
+_VERSION = 1
+
+
+def cached_foreground(images: np.ndarray, folder: epath.PathLike) -> tuple[np.ndarray, bool]:
+    """The estimate of these very images, read from `folder` if it was made before.
+
+    Args:
+      images: uint8 [n, h, w, 3].
+      folder: where `foreground_<h>x<w>.npz` lies or is written; if it cannot be written, the next
+        run estimates again.
+
+    Returns:
+      As `estimate_foreground`.
+    """
+    height, width = images.shape[1:3]
+    path = epath.Path(folder) / f"foreground_{height}x{width}.npz"
+    digest = hashlib.sha256(f"{_VERSION} {images.shape}".encode())
+    digest.update(np.ascontiguousarray(images))
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            if str(stored["digest"]) == digest.hexdigest():
+                masks = np.unpackbits(stored["packed"], axis=-1, count=width)
+                return masks, bool(stored["is_object"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # there is none yet, or a damaged one
+    masks, is_object = estimate_foreground(images)
+    packed, content = np.packbits(masks, axis=-1), io.BytesIO()
+    np.savez_compressed(content, packed=packed, is_object=is_object, digest=digest.hexdigest())
+    temporary = path.parent / f".{path.name}.part"
+    try:
+        temporary.write_bytes(content.getvalue())
+        temporary.replace(path)
+    except OSError as error:
+        logging.warning("the foreground is not cached: %s", error.strerror or error)
+    return masks, is_object
 
 
 def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:

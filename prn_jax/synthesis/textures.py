@@ -68,7 +68,7 @@ def _from_folder(folder: pathlib.Path, size: tuple[int, int], limit: int) -> np.
     if not paths:
         raise UserError(f"synthesis.textures={folder}: there are no images in it")
     textures = []
-    for path in (paths[i] for i in _spread(len(paths), limit)):
+    for path in (paths[i] for i in spread(len(paths), limit)):
         try:
             with Image.open(path) as image:
                 textures.append(_fit(image, size))
@@ -90,14 +90,15 @@ def _from_tfds(size: tuple[int, int], limit: int, data_dir: str) -> np.ndarray:
             f"synthesis.textures=dtd cannot be prepared by TFDS under {data_dir} ({first_line}): "
             "give the folder of an unpacked DTD instead"
         ) from error
-    kept = set(_spread(int(builder.info.splits["train"].num_examples), limit))
+    kept = set(spread(int(builder.info.splits["train"].num_examples), limit))
     return np.stack([
         _fit(Image.fromarray(x["image"].numpy()), size)
         for i, x in enumerate(split) if i in kept
     ])  # fmt: skip
 
 
-def _spread(count: int, limit: int) -> list[int]:
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, evenly spread."""
     return sorted({int(i * count / min(count, limit)) for i in range(min(count, limit))})
 
 

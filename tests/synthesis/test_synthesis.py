@@ -174,3 +174,27 @@ def test_bundled_textures_leave_the_demo_s_own_photograph_out():
     without = textures.load_textures("", (16, 16), 1000, data_dir="", exclude="gravel")
     assert len(everything) - len(without) == 12
     assert len(np.unique(without.reshape(len(without), -1), axis=0)) == len(without)
+
+
+def test_the_foreground_is_read_from_its_cache_only_for_the_same_images(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(190, 200, (4, 48, 70, 3)).astype(np.uint8)
+    pictures[:, 14:34, 20:50] = (30, 60, 200)
+    estimated, is_object = foreground.cached_foreground(pictures, tmp_path)
+    assert is_object
+    assert estimated.shape == pictures.shape[:3]
+    assert [x.name for x in tmp_path.iterdir()] == ["foreground_48x70.npz"]
+
+    def fail(images):
+        raise AssertionError("estimated again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(foreground, "estimate_foreground", fail)
+        again, is_object = foreground.cached_foreground(pictures, tmp_path)
+        assert is_object
+        np.testing.assert_array_equal(again, estimated)
+        with pytest.raises(AssertionError):
+            foreground.cached_foreground(pictures[::-1].copy() + 1, tmp_path)
+    (tmp_path / "foreground_48x70.npz").write_bytes(b"PK\x03\x04 cut off")
+    again, _ = foreground.cached_foreground(pictures, tmp_path)
+    np.testing.assert_array_equal(again, estimated)

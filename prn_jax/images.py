@@ -48,6 +48,19 @@ def read_image(path: pathlib.Path) -> tuple[bytes, tuple[int, int]]:
     return encode_png(array), array.shape[:2]
 
 
+def read_array(path: pathlib.Path) -> np.ndarray:
+    """Reads an image file for prediction: the pixels that `read_image`'s bytes decode to.
+
+    Returns:
+      uint8 `[h, w, 3]`.
+
+    Raises:
+      UserError: as `read_image`.
+    """
+    array = _upright(path, _open(path)[1])
+    return np.stack([array] * 3, axis=-1) if array.ndim == 2 else array
+
+
 def read_mask(path: pathlib.Path) -> np.ndarray:
     """Reads a mask file.
 

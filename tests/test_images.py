@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from prn_jax.datasets import images
+from prn_jax import images
 from prn_jax.errors import UserError
 from tests import trees
 
