@@ -107,6 +107,10 @@ def get_config() -> ConfigDict:
     # so many times (DiffusionAD: any pixel, 50 times). Ours.
     config.synthesis.min_area = 0.0002
     config.synthesis.attempts = 20
+    # Half of a simulated anomaly changes by so many times the image's roughness (the median
+    # difference of neighbouring pixels) more than that, else it is drawn anew: on gravel 8 grey
+    # levels are invisible. Ours.
+    config.synthesis.simulated_contrast = 3.0
     # Simulated anomalies (DiffusionAD's values, and DRAEM's before it): the finest Perlin grid is
     # 2**5 cells, noise above the threshold is anomalous, three of ten operations on the content.
     config.synthesis.perlin_max_exponent = 5

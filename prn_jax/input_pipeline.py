@@ -19,7 +19,7 @@ from prn_jax.synthesis import augment
 from prn_jax.synthesis.augment import Draws
 from prn_jax.synthesis.extended import Extend
 from prn_jax.synthesis.foreground import cached_foreground, foreground_points
-from prn_jax.synthesis.simulated import Simulate, blend
+from prn_jax.synthesis.simulated import Simulate, blend, roughness
 from prn_jax.synthesis.textures import load_textures
 
 KINDS = ("normal", "seen", "extended", "simulated")
@@ -321,6 +321,7 @@ class SampleMaker:
         if self._has_seen:
             self._extend = Extend(data.seen.image, data.seen.mask, config.synthesis)
         self._min_pixels = max(1, round(config.synthesis.min_area * size[0] * size[1]))
+        self._roughness = tf.constant(roughness(data.train.image))
 
     def __call__(self, slot: tf.Tensor) -> dict[str, tf.Tensor]:
         """`image` uint8 [h, w, 3], `mask` uint8 [h, w] in {0, 1} and `kind` int32."""
@@ -378,37 +379,42 @@ class SampleMaker:
             index,
             seed,
             lambda image, foreground, draws: self._extend(image, foreground, points, draws),
+            contrast=0.0,  # real defects are as plain as they are
         )
 
     def _simulated(self, index, seed):
-        return self._until_visible(index, seed, self._simulate)
+        contrast = self._config.simulated_contrast * self._roughness[index]
+        return self._until_visible(index, seed, self._simulate, contrast)
 
-    def _until_visible(self, index, seed, synthesise):
-        """Draws anew until the anomaly shows; the mask covers only what really changed."""
+    def _until_visible(self, index, seed, synthesise, contrast):
+        """Draws anew until the anomaly shows; the mask covers only what really changed.
+
+        Where the image is rough by itself, half of the mask must change by `contrast` more.
+        """
         normal = self._normals[index]
         foreground = self._foreground[index] > 0
+        least = self._config.visible_change
 
-        def attempt(number, image, mask):
+        def attempt(number, image, mask, shows):
             draws = Draws(tf.random.experimental.stateless_fold_in(seed, number))
             image, mask = synthesise(normal, foreground, draws)
-            return number + 1, image, mask & self._changed(normal, image)
+            change = tf.where(mask, _difference(normal, image), 0)
+            mask = change >= least
+            plain = change >= tf.cast(tf.math.ceil(least + contrast), change.dtype)
+            count, plainly = (tf.math.count_nonzero(x, dtype=tf.int32) for x in (mask, plain))
+            return number + 1, image, mask, (count >= self._min_pixels) & (2 * plainly >= count)
 
-        def unseen(number, image, mask):
-            count = tf.math.count_nonzero(mask, dtype=tf.int32)
-            return (count < self._min_pixels) & (number < self._config.attempts)
+        def unseen(number, image, mask, shows):
+            return ~shows & (number < self._config.attempts)
 
-        start = (tf.constant(0), normal, tf.zeros_like(foreground))
-        _, image, mask = tf.while_loop(unseen, attempt, start)
+        start = (tf.constant(0), normal, tf.zeros_like(foreground), tf.constant(False))
+        _, image, mask, _ = tf.while_loop(unseen, attempt, start)
         image, mask = tf.cond(
             tf.math.count_nonzero(mask, dtype=tf.int32) < self._min_pixels,
             lambda: self._square(normal, self._points[index], Draws(seed)),
             lambda: (tf.where(mask[..., None], image, normal), mask),
         )
         return image, tf.cast(mask, tf.uint8)
-
-    def _changed(self, normal, image):
-        difference = tf.maximum(image, normal) - tf.minimum(image, normal)
-        return tf.reduce_max(difference, axis=-1) >= self._config.visible_change
 
     def _square(self, normal, points, draws):
         """What is left when every attempt failed: a square of other grey values, always seen."""
@@ -421,3 +427,8 @@ class SampleMaker:
         # Modulo 256: each value moves by 128.
         other = normal + tf.constant(128, tf.uint8)
         return blend(normal, other, mask, tf.constant(1.0)), mask
+
+
+def _difference(a, b):
+    """Largest difference over the channels of uint8 [h, w, 3], int32 [h, w]."""
+    return tf.cast(tf.reduce_max(tf.maximum(a, b) - tf.minimum(a, b), axis=-1), tf.int32)

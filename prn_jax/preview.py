@@ -41,9 +41,9 @@ def samples_sheet(config: ConfigDict, data: CategoryData, columns: int = 8) -> I
         if kind != SIMULATED and not len(data.seen):
             continue
         plain, outlined = [], []
-        for number in range(columns):
+        for number in range(len(seen) if kind == SEEN else columns):
             if kind == SEEN:
-                index = seen[number % len(seen)]
+                index = seen[number]
                 caption = data.seen.id[index].split("/", 1)[-1]
             else:
                 index, caption = normal[number % len(normal)], ""
@@ -53,10 +53,11 @@ def samples_sheet(config: ConfigDict, data: CategoryData, columns: int = 8) -> I
                               tf.constant(number, tf.int64))
             )  # fmt: skip
             plain.append((image, caption))
-            share = f"{mask.mean():.1%} of the image"
+            share = f"{mask.mean():.1%}"
             outlined.append((pictures.outline(image, mask), share))
-        rows += [(KINDS[kind], plain), (f"{KINDS[kind]}, its mask outlined", outlined)]
-    return pictures.contact_sheet(rows)
+        rows.append((KINDS[kind], plain))
+        rows.append((f"{KINDS[kind]}, its mask outlined: its share of the image", outlined))
+    return pictures.contact_sheet(rows, cell=200)
 
 
 def _dim(image: np.ndarray, foreground: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ blended with a random opacity.
 
 import math
 
+import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
@@ -95,3 +96,18 @@ def blend(image: tf.Tensor, content: tf.Tensor, weight: tf.Tensor, opacity: tf.T
     below = tf.cast(image, tf.float32)
     mixed = below + weight * (tf.cast(content, tf.float32) - below)
     return tf.cast(tf.round(mixed), tf.uint8)
+
+
+def roughness(images: np.ndarray) -> np.ndarray:
+    """How much neighbouring pixels differ by themselves: 1 on a smooth product, 8 on gravel.
+
+    Args:
+      images: uint8 [n, h, w, 3].
+
+    Returns:
+      Median difference of horizontal neighbours' grey values, float32 [n].
+    """
+    return np.array(
+        [np.median(np.abs(np.diff(image.mean(-1, dtype=np.float32)))) for image in images],
+        np.float32,
+    )
