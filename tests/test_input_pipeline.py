@@ -1,4 +1,9 @@
 import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -102,6 +107,49 @@ def test_two_runs_two_parallelisms_and_a_late_start_give_the_same_bytes(referenc
     assert digest(batches(make_config(seed=1), data)) != whole
 
 
+@pytest.mark.slow
+def test_a_hundred_batches_have_the_same_bytes_in_every_process():
+    """With one and with two parallel calls, and from the middle on."""
+    code = (
+        "import json, sys; from tests.test_input_pipeline import *;"
+        "calls, start = map(int, sys.argv[1:]);"
+        "found = batches(make_config(), make_data(), total_steps=100,"
+        " start_step=start, parallel_calls=calls);"
+        "print(json.dumps(digest(found)))"
+    )
+    outputs = []
+    for arguments in (("1", "0"), ("2", "0"), ("2", "50")):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=pathlib.Path(__file__).resolve().parent.parent,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        outputs.append(json.loads(result.stdout.splitlines()[-1]))
+    one, two, late = outputs
+    assert len(set(one)) == 100
+    assert one == two
+    assert late == one[50:]
+
+
+def test_simulated_anomalies_stand_out_from_a_rough_texture():
+    data = make_data(seen=0, is_object=False)
+    rng = np.random.default_rng(0)
+    data.train.image[:] = rng.integers(90, 110, data.train.image.shape[:3])[..., None]
+    config = make_config(**{"sampling.normal": 0.0, "sampling.simulated": 1.0,
+                            "sampling.seen": 0.0, "sampling.extended": 0.0})  # fmt: skip
+    rough = float(np.median(np.abs(np.diff(data.train.image[0, ..., 0].astype(int)))))
+    shares = []
+    for batch in batches(config, data):
+        for image, mask in zip(batch["image"], batch["mask"]):
+            change = np.abs(image.astype(int) - data.train.image.astype(int)).max(-1)
+            base = np.argmin((change * (1 - mask)).sum(axis=(1, 2)))
+            shares.append((change[base][mask == 1] >= 8 + 0.9 * 3 * rough).mean())
+    assert min(shares) >= 0.5
+
+
 def test_two_hosts_make_one_host_s_batch(reference):
     config, data = make_config(), make_data()
     halves = [batches(config, data, process_index=i, process_count=2) for i in range(2)]
@@ -157,7 +205,6 @@ def test_the_seen_split_is_cpr_s_rule():
         input_pipeline.seen_split(ids, 19, 42)
 
 
-def test_the_first_batches_are_the_same_in_every_version(reference):
-    """Kinds and images of the plan: they must not change under a saved run."""
+def test_the_first_batches_meet_their_shares(reference):
     kinds = np.concatenate([batch["kind"] for batch in reference])
     assert np.bincount(kinds).tolist() == [24, 6, 6, 12]
