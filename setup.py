@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["prn_jax", "prn_jax.*"]),
+    package_data={"prn_jax": ["report.html"]},
     python_requires=">=3.11",
     # Lower bounds are the versions that the tests ran with.
     install_requires=[
@@ -53,6 +54,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.17.6",
             "scikit-learn>=1.9",
+            "selenium>=4.51",
         ],
     },
     classifiers=[

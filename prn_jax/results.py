@@ -70,12 +70,12 @@ def write_run(folder: epath.PathLike, run: dict[str, Any]) -> None:
     Raises:
       ValueError: a figure is not finite.
     """
-    _write(epath.Path(folder) / "results.json", _as_json(run))
+    write_text(epath.Path(folder) / "results.json", _as_json(run))
 
 
 def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, float | str]) -> None:
     """Writes `thresholds.json` into the folder of the checkpoints, for the one of `step`."""
-    _write(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
+    write_text(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
 
 
 def write_predictions(
@@ -91,7 +91,7 @@ def write_predictions(
     """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, image=images, mask=masks, map=maps.astype(np.float16))
-    _write(epath.Path(folder) / "predictions.npz", buffer.getvalue())
+    write_text(epath.Path(folder) / "predictions.npz", buffer.getvalue())
 
 
 def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
@@ -182,9 +182,9 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
     summary = {
         "dataset": dataset,
         "categories": {name: run["metrics"] for name, run in runs.items()},
-        "mean": _mean([run["metrics"] for run in runs.values()]),
+        "mean": mean([run["metrics"] for run in runs.values()]),
     }
-    _write(workdir / "results.json", _as_json(summary))
+    write_text(workdir / "results.json", _as_json(summary))
     lines = [
         f"# PRN on {dataset}",
         "",
@@ -195,7 +195,7 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
     ]
     lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(names, rows)]
     lines += ["", *_notes(runs, dataset), ""]
-    _write(workdir / "results.md", "\n".join(lines))
+    write_text(workdir / "results.md", "\n".join(lines))
 
 
 def render_table(workdir: epath.PathLike, dataset: str) -> str:
@@ -222,17 +222,18 @@ def _runs(workdir: epath.Path, dataset: str) -> dict[str, dict[str, Any]]:
 
 def _table(runs: dict[str, dict], dataset: str) -> tuple[list[str], list[list[str]]]:
     table = {name: run["metrics"] for name, run in runs.items()}
-    table["mean"] = _mean(list(table.values()))
+    table["mean"] = mean(list(table.values()))
     paper = PAPER.get(dataset, {})
     if runs and all(name in paper for name in runs):
         count = f"{len(runs)} of {len(paper)}"
-        table[f"paper, the same {count}"] = _mean([paper[name] for name in runs])
+        table[f"paper, the same {count}"] = mean([paper[name] for name in runs])
         table[f"paper, stated mean of {len(paper)}"] = PAPER_MEAN[dataset]
-    rows = [[_percent(metrics.get(column)) for column in COLUMNS] for metrics in table.values()]
+    rows = [[percent(metrics.get(column)) for column in COLUMNS] for metrics in table.values()]
     return list(table), rows
 
 
-def _mean(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
+def mean(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """The mean of each column over the rows that have it; None where none has."""
     means = {}
     for column in COLUMNS:
         values = [row[column] for row in rows if row.get(column) is not None]
@@ -240,7 +241,8 @@ def _mean(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
     return means
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share as percent with one decimal, "-" for None."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
@@ -264,7 +266,8 @@ def _as_json(tree: Any) -> str:
     return json.dumps(tree, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _write(path: epath.Path, content: str | bytes) -> None:
+def write_text(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file, complete or not at all."""
     content = content.encode() if isinstance(content, str) else content
     temporary = path.parent / f".{path.name}.part"
     try:

@@ -1,0 +1,34 @@
+"""Writes one page that shows a training's or a study's results: tables, curves, every test image.
+
+    python launch/report.py --workdir=runs/mvtec
+
+The page needs no network and no other file.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from prn_jax import program  # noqa: E402
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The training's or the study's.")
+OUTPUT = flags.DEFINE_string("output", "", "Default: <workdir>/report.html.")
+flags.mark_flags_as_required(["workdir"])
+
+
+def main() -> None:
+    """Writes the report."""
+    from etils import epath
+
+    from prn_jax import report
+
+    path = epath.Path(OUTPUT.value or f"{WORKDIR.value}/report.html").expanduser()
+    report.write_report(WORKDIR.value, path, progress=sys.stderr.isatty())
+    print(path, flush=True)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,172 @@
+"""The report, in a real browser where there is one."""
+
+import contextlib
+import shutil
+
+import numpy as np
+import pytest
+from clu import metric_writers
+
+from prn_jax import report, results
+from prn_jax.errors import UserError
+
+SIZE = (40, 56)
+
+
+def make_run(workdir, category, normal=12, anomalous=9):
+    """A run's folder with made-up, partly wrong predictions."""
+    rng = np.random.default_rng(len(category))
+    count = normal + anomalous
+    defects = ["good"] * normal + ["crack", "</script><b>stain"] * anomalous
+    defects = defects[:count]
+    masks = np.zeros((count, *SIZE), np.uint8)
+    masks[normal:, 10:20, 10:30] = 1
+    maps = 0.3 * rng.random((count, *SIZE)).astype(np.float32) + 0.4 * masks
+    scores = np.concatenate([rng.uniform(0.1, 0.6, normal), rng.uniform(0.4, 0.9, anomalous)])
+    images = rng.integers(0, 256, (count, *SIZE, 3)).astype(np.uint8)
+    run = {
+        "category": category,
+        "dataset": "mvtec_ad",
+        "metrics": dict.fromkeys(results.COLUMNS, 0.9),
+        "thresholds": {"image": 0.5, "pixel": 0.5, "source": "F1-max on the test split"},
+        "steps": 100,
+        "split": {"seed": 42, "seen": ["test/crack/100"]},
+        "test": [
+            {"id": f"test/{d}/{i:03d}", "defect": d, "score": float(s)}
+            for i, (d, s) in enumerate(zip(defects, scores))
+        ],
+        "config": {"batch_size": 8, "image_size": list(SIZE), "backbone": {"name": "resnet18"}},
+        "seed": 0,
+        "provenance": {"device": {"count": 1, "kind": "cpu"}, "versions": {"jax": "1"}},
+        "timing": {"train_seconds": 120.0, "train_steps": 100},
+        "parameters": 7,
+    }
+    folder = workdir / category
+    results.write_run(folder, run)
+    results.write_predictions(folder, images, masks, maps)
+    with contextlib.closing(metric_writers.SummaryWriter(str(folder))) as writer:
+        for step in range(10, 101, 10):
+            writer.write_scalars(step, {"loss": 1 / step, "focal": 0.1 / step})
+    return run
+
+
+def test_a_workdir_without_results_is_named(tmp_path):
+    with pytest.raises(UserError, match="no results below"):
+        report.write_report(tmp_path, tmp_path / "report.html")
+    run = make_run(tmp_path, "bottle")
+    results.write_run(tmp_path / "bottle", run | {"test": run["test"][1:]})
+    with pytest.raises(UserError, match="different runs"):
+        report.write_report(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_training_curves_keep_the_later_of_two_runs(tmp_path):
+    for number in range(2):
+        with contextlib.closing(metric_writers.SummaryWriter(str(tmp_path))) as writer:
+            for step in range(4 * number, 10):
+                writer.write_scalars(step, {"loss": float(number)})
+    steps, values = report._read_scalars(tmp_path, "loss")
+    assert steps.tolist() == list(range(10))
+    assert values.tolist() == [0.0] * 4 + [1.0] * 6
+
+
+@pytest.fixture
+def browser():
+    paths = shutil.which("chromium"), shutil.which("chromedriver")
+    if None in paths:
+        pytest.skip("no chromium and chromedriver (Debian: chromium, chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                     "--disable-background-networking", "--disable-component-update",
+                     "--disable-sync", "--disable-dev-shm-usage"):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.slow
+def test_the_report_works_in_a_browser(tmp_path, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.select import Select
+
+    runs = {name: make_run(tmp_path, name) for name in ("bottle", "pill")}
+    report.write_report(tmp_path, tmp_path / "report.html")
+    browser.get((tmp_path / "report.html").as_uri())
+
+    def find(name):
+        return browser.find_element(By.ID, name)
+
+    def matrix():
+        return {name: int(find(name).text) for name in ("tp", "fp", "tn", "fn")}
+
+    def expected(test, threshold):
+        counts = dict.fromkeys(("tp", "fp", "tn", "fn"), 0)
+        for entry in test:
+            called = entry["score"] >= threshold
+            kind = "tf"[called != (entry["defect"] != "good")] + "np"[called]
+            counts[kind] += 1
+        return counts
+
+    def cards():
+        return browser.find_elements(By.CSS_SELECTOR, "#gallery .card")
+
+    for name, run in runs.items():
+        Select(find("run")).select_by_visible_text(name)
+        assert find("heading").text == name
+        assert matrix() == expected(run["test"], 0.5)
+        assert len(cards()) == len(run["test"])
+
+    # The hardest error comes first.
+    def hardness(entry):
+        distance = entry["score"] - 0.5
+        return distance if entry["defect"] == "good" else -distance
+
+    hardest = max(run["test"], key=hardness)
+    assert hardest["id"] in cards()[0].text
+    # The slider, by keyboard, recounts.
+    before = matrix()
+    slider = find("threshold")
+    slider.send_keys(Keys.HOME)
+    lowest = min([0.5, *(entry["score"] for entry in run["test"])])
+    assert matrix() == expected(run["test"], lowest) != before
+    find("reset").click()
+    assert matrix() == before
+    # Filters.
+    Select(find("outcome")).select_by_value("fn")
+    assert len(cards()) == before["fn"]
+    Select(find("outcome")).select_by_value("")
+    Select(find("defect")).select_by_value("crack")
+    assert len(cards()) == sum(entry["defect"] == "crack" for entry in run["test"])
+    Select(find("order")).select_by_value("high")
+    shown = [float(card.text.split()[-2]) for card in cards()]
+    assert shown == sorted(shown, reverse=True)
+    # One image, and the next by the arrow key.
+    cards()[0].send_keys(Keys.ENTER)
+    first = find("d-name").text
+    find("detail").send_keys(Keys.ARROW_RIGHT)
+    assert find("d-name").text != first
+    width = browser.execute_script("return document.getElementById('d-image').naturalWidth")
+    assert width == SIZE[1]
+    find("d-close").click()
+    # A telephone: nothing is wider than the screen.
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True},
+    )
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    # Nothing fails, and nothing is fetched but the page.
+    assert browser.get_log("browser") == []
+    requested = [
+        entry["message"]
+        for entry in browser.get_log("performance")
+        if "Network.requestWillBeSent" in entry["message"]
+    ]
+    assert requested
+    assert all('"url":"file://' in x or '"url":"data:' in x for x in requested)
+    size = (tmp_path / "report.html").stat().st_size
+    assert size < 2**20, size
