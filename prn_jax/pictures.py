@@ -1,6 +1,7 @@
 """Pictures one would rather look at than read about: contact sheets, outlines, heat maps."""
 
 import io
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -124,7 +125,7 @@ def save_png(path: epath.PathLike, image: Image.Image) -> None:
     path = epath.Path(path)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    temporary = path.parent / f".{path.name}.part"
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(buffer.getvalue())

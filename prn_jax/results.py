@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import io
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -269,7 +270,7 @@ def _as_json(tree: Any) -> str:
 def write_text(path: epath.Path, content: str | bytes) -> None:
     """Writes a file, complete or not at all."""
     content = content.encode() if isinstance(content, str) else content
-    temporary = path.parent / f".{path.name}.part"
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)

@@ -1,0 +1,56 @@
+"""Trains categories x seeds, and writes the table of means and standard deviations.
+
+    python launch/study.py --config=configs/mvtec.py --workdir=runs/study --seeds=0,1,2
+
+The same command goes on after an interruption: what is finished is not run again. `--config.*`
+overrides hold for all runs; seed n trains with seed n and draws the seen anomalies with
+`config.split_seed` + n. `--slurm` runs nothing and prints a job array.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from prn_jax import program  # noqa: E402
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="Configuration file.")
+WORKDIR = flags.DEFINE_string("workdir", None, "seed_<n>/<category> and the tables go here.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of training.")
+CATEGORIES = flags.DEFINE_list("categories", [], "Default: config.category, all that are found.")
+PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time, each with its own devices.", 1)
+SLURM = flags.DEFINE_bool("slurm", False, "Print a Slurm job array instead.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    """Runs the study, or prints it."""
+    from prn_jax import experiment, study
+    from prn_jax.errors import UserError
+
+    if not all(seed.strip().isdigit() for seed in SEEDS.value) or not SEEDS.value:
+        raise UserError(f"--seeds={','.join(SEEDS.value)}: give numbers, as in --seeds=0,1,2")
+    seeds = list(dict.fromkeys(int(seed) for seed in SEEDS.value))
+    config = experiment.checked(CONFIG.value)
+    categories = CATEGORIES.value or experiment.categories(config)
+    overrides = study.overrides_of(
+        sys.argv[1:], lambda name: name == "config" or name.startswith("config.")
+    )
+    runs = study.plan(config, categories, seeds, WORKDIR.value, overrides)
+    if SLURM.value:
+        print(study.slurm_array(runs, PARALLEL.value if PARALLEL.value > 1 else len(runs)), end="")
+        return
+    workdir = pathlib.Path(WORKDIR.value).expanduser()
+    failed = study.execute(runs, workdir, PARALLEL.value)
+    study.write_tables(study.summarise(runs), workdir, config.data.name)
+    print((workdir / "study.md").read_text(), flush=True)
+    if failed:
+        names = "; ".join(run.name for run in failed)
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed ({names}): see their logs")
+
+
+if __name__ == "__main__":
+    program.run(main)

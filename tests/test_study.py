@@ -1,0 +1,152 @@
+"""Studies: the plan, running and resuming, and the table."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import mvtec
+from prn_jax import experiment, results, study
+from prn_jax.checkpoints import as_dict
+from prn_jax.errors import UserError
+
+CATEGORIES, SEEDS = ("bottle", "metal_nut"), (0, 2)
+
+
+def make_plan(workdir):
+    config = experiment.checked(mvtec.get_config())
+    return study.plan(config, CATEGORIES, SEEDS, workdir, ["--config=configs/mvtec.py"])
+
+
+def finish(run, value):
+    found = {
+        "category": run.category,
+        "dataset": "mvtec_ad",
+        "metrics": {column: value for column in results.COLUMNS} | {"pixel_ap": None},
+        "config": as_dict(run.config),
+    }
+    results.write_run(run.folder, found)
+
+
+def test_each_run_has_its_seed_split_and_folder(tmp_path):
+    runs = make_plan(tmp_path)
+    assert [(run.seed, run.category) for run in runs] == [
+        (0, "bottle"), (0, "metal_nut"), (2, "bottle"), (2, "metal_nut"),
+    ]  # fmt: skip
+    assert [run.config.split_seed for run in runs] == [42, 42, 44, 44]
+    last = runs[-1]
+    assert last.folder == last.workdir / "metal_nut"
+    assert last.command[1].endswith("launch/main.py")
+    for part in ("--config=configs/mvtec.py", f"--workdir={tmp_path}/seed_2", "--config.seed=2",
+                 "--config.split_seed=44", "--config.category=metal_nut"):  # fmt: skip
+        assert part in last.command
+
+
+def test_overrides_are_passed_on_and_other_flags_are_not():
+    given = ["--config", "configs/a.py", "--config.x=1", "--seeds=0", "--config.y", "2", "--slurm"]
+    kept = study.overrides_of(given, lambda n: n == "config" or n.startswith("config."))
+    assert kept == ["--config", "configs/a.py", "--config.x=1", "--config.y", "2"]
+
+
+def test_the_tables_have_means_deviations_and_the_paper_s_figures(tmp_path):
+    runs = make_plan(tmp_path)
+    values = [0.91, 0.95, 0.93, 0.98]
+    for run, value in zip(runs, values):
+        finish(run, value)
+    rows = study.summarise(runs)
+    assert [row[:2] for row in rows] == [("bottle", 2), ("metal_nut", 2), ("mean", 2)]
+    bottle, nut, mean = (row[2]["image_auroc"] for row in rows)
+    np.testing.assert_allclose(bottle, (0.92, np.std([0.91, 0.93], ddof=1)))
+    np.testing.assert_allclose(nut, (0.965, np.std([0.95, 0.98], ddof=1)))
+    np.testing.assert_allclose(mean, (0.9425, np.std([0.93, 0.955], ddof=1)))
+    assert rows[0][2]["pixel_ap"] is None
+    study.write_tables(rows, tmp_path, "mvtec_ad")
+    with (tmp_path / "study.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert float(table[2]["image_auroc_mean"]) == pytest.approx(0.9425)
+    assert float(table[1]["image_auroc_paper"]) == pytest.approx(1.0)
+    assert float(table[2]["pro_paper"]) == pytest.approx((0.97 + 0.958) / 2)
+    assert table[0]["pixel_ap_mean"] == ""
+    text = (tmp_path / "study.md").read_text()
+    assert "| bottle | 2 | 92.0 ± 1.4 | 100.0 |" in text
+    assert "| paper† |" in text
+    latex = (tmp_path / "study.tex").read_text()
+    assert r"metal\_nut & 2 & 96.5 $\pm$ 2.1 & 100.0" in latex
+    counts = {line.count("&") for line in latex.splitlines() if "&" in line}
+    assert len(counts) == 1
+
+
+def test_an_unfinished_study_has_the_table_of_what_is_there(tmp_path):
+    runs = make_plan(tmp_path)
+    finish(runs[0], 0.9)
+    rows = study.summarise(runs)
+    assert rows[0][1:] == (1, {c: (0.9, None) for c in results.COLUMNS} | {"pixel_ap": None})
+    assert rows[1][1] == rows[2][1] == 0
+    study.write_tables(rows, tmp_path, "mvtec_ad")
+    assert "| metal_nut | 0 | - | 100.0 |" in (tmp_path / "study.md").read_text()
+
+
+def test_runs_are_resumed_and_one_failure_does_not_stop_the_others(tmp_path):
+    runs = make_plan(tmp_path)
+    finish(runs[0], 0.9)
+
+    def replaced(run):
+        if run is runs[1]:
+            code = "import sys; sys.exit('error: no luck')"
+        else:
+            content = {"category": run.category, "dataset": "mvtec_ad",
+                       "metrics": dict.fromkeys(results.COLUMNS, 0.8),
+                       "config": as_dict(run.config)}  # fmt: skip
+            path = run.folder / "results.json"
+            code = (
+                "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.parent.mkdir();"
+                "p.write_text(sys.argv[2])"
+            )
+            return [sys.executable, "-c", code, str(path), json.dumps(content)]
+        return [sys.executable, "-c", code]
+
+    runs = [dataclasses.replace(run, command=replaced(run)) for run in runs]
+    failed = study.execute(runs, tmp_path, parallel=2)
+    assert failed == [runs[1]]
+    assert [run.is_finished() for run in runs] == [True, False, True, True]
+    assert results.read_run(runs[0].folder)["metrics"]["image_auroc"] == 0.9  # not run again
+    assert "no luck" in (tmp_path / "seed_0/metal_nut.log").read_text()
+    changed = runs[0].config.copy_and_resolve_references()
+    changed.batch_size = 8
+    with pytest.raises(UserError, match="batch_size was 64, is 8"):
+        dataclasses.replace(runs[0], config=changed).is_finished()
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path):
+    runs = make_plan(tmp_path)
+    with study._only_one(tmp_path), pytest.raises(UserError, match="another study"):
+        study.execute(runs, tmp_path, 1)
+
+
+def test_devices_are_shared_out(monkeypatch):
+    assert study._devices(0, 1) == {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert study._devices(1, 2)["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert study._devices(5, 8)["CUDA_VISIBLE_DEVICES"] == "5"
+    assert float(study._devices(5, 8)["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 0.5
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert study._devices(0, 2) == {}
+
+
+def test_the_job_array_is_a_script_that_names_every_run(tmp_path):
+    script = study.slurm_array(make_plan(tmp_path), 2)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "#SBATCH --array=0-3%2" in script
+    # Its last lines, run as Slurm would.
+    lines = script.replace("source .venv/bin/activate", 'python() { echo "$@"; }')
+    lines = lines.replace("exec ", "")
+    result = subprocess.run(
+        ["bash", "-c", lines], text=True, capture_output=True, check=True,
+        env={"SLURM_SUBMIT_DIR": "/", "SLURM_ARRAY_TASK_ID": "2", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert "--config.seed=2" in result.stdout
+    assert "--config.category=bottle" in result.stdout
