@@ -26,9 +26,14 @@ def image_score(maps: Float[Array, "b h w"], pixels: int) -> Float[Array, " b"]:
       maps: anomaly maps in [0, 1].
       pixels: how many at 256x256; in proportion to the area at other sizes, at least 1.
     """
-    area = maps.shape[1] * maps.shape[2]
-    count = min(area, max(1, round(pixels * area / 256**2)))
+    count = score_count(pixels, *maps.shape[1:])
     return jnp.mean(jax.lax.top_k(maps.reshape(maps.shape[0], -1), count)[0], axis=1)
+
+
+def score_count(pixels: int, height: int, width: int) -> int:
+    """Pixels that an image's score is the mean of, at a size other than 256x256."""
+    area = height * width
+    return min(area, max(1, round(pixels * area / 256**2)))
 
 
 def make_eval_step(

@@ -12,6 +12,14 @@ from absl import app, flags, logging
 from prn_jax.errors import Interrupted, UserError
 
 
+_NOISE = (
+    "Unable to initialize backend",
+    "could not be restored. Please",
+    "read_only=True",
+    "Given directory is read only",
+)
+
+
 def run(main: Callable[..., None], positional: bool = False) -> None:
     """Runs a program whose flags are defined: exits 0, or 1 after one line that says what to mend.
 
@@ -59,9 +67,9 @@ def _terminated(*_) -> None:
 
 
 def _ours(record: python_logging.LogRecord) -> bool:
-    # JAX warns of each plugin without its hardware, Orbax of the items that it was not asked for.
+    # JAX warns of each plugin without its hardware, Orbax of what it was not asked for.
     message = record.getMessage()
-    if "Unable to initialize backend" in message or "could not be restored. Please" in message:
+    if any(text in message for text in _NOISE):
         return False
     return record.levelno >= python_logging.WARNING or "prn_jax" in record.pathname
 

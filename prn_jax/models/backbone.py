@@ -39,6 +39,16 @@ LITE0_STAGES = (
 LITE0_FEATURES = (2, 3, 5, 7)
 
 
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """3x3 maximum at stride 2 of what is not negative, one pixel of padding.
+
+    In slices, which every format that a network is exported to knows.
+    """
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = jnp.maximum(jnp.maximum(x[:, 0:-2:2], x[:, 1:-1:2]), x[:, 2::2])
+    return jnp.maximum(jnp.maximum(x[:, :, 0:-2:2], x[:, :, 1:-1:2]), x[:, :, 2::2])
+
+
 def depthwise_conv(
     x: Float[Array, "b h w c"],
     kernel: Float[Array, "k k 1 c"],
@@ -162,7 +172,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b height width 3"]) -> tuple[Float[Array, "b h w c"], ...]:
         x = Conv(64, 7, 2, collection="backbone", dtype=self.dtype, name="conv1")(x)
-        x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = max_pool(nn.relu(x))
         features = []
         for stage, blocks in enumerate(self.blocks, start=1):
             trained = stage == 4 and self.train_stage4

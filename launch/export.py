@@ -1,0 +1,64 @@
+"""Turns a trained network into a file for other runtimes, and checks that it computes the same.
+
+    python launch/export.py --checkpoint=runs/mvtec/bottle --format=onnx --output=bottle.onnx
+
+Input `image`, uint8 [b, h, w, 3]; outputs `map`, float32 [b, h, w], and `score`, float32 [b].
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from prn_jax import program  # noqa: E402
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "<workdir>/<category> of a training.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+FORMAT = flags.DEFINE_enum("format", "stablehlo", ["stablehlo", "savedmodel", "onnx"], "Of what.")
+OUTPUT = flags.DEFINE_string("output", None, "The file; of a SavedModel, the folder.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images that it takes; 0: any number.", 0)
+IMAGES = flags.DEFINE_string(
+    "images", "", "Folder of images to compare on; default: the test images of the training."
+)
+flags.mark_flags_as_required(["checkpoint", "output"])
+
+
+def main() -> None:
+    """Exports and compares."""
+    from prn_jax import export, predict
+
+    detector = predict.load(CHECKPOINT.value, STEP.value)
+    images = _images(detector)
+    checked = export.export(detector, FORMAT.value, OUTPUT.value, images, BATCH_SIZE.value)
+    print(
+        f"{OUTPUT.value}: equals the checkpoint on {checked.images} images (maps within "
+        f"{checked.map_difference:.1e}, scores within {checked.score_difference:.1e}); "
+        f"{checked.images_per_s:.1f} images/s, "
+        f"the checkpoint {checked.checkpoint_images_per_s:.1f}",
+        flush=True,
+    )
+
+
+def _images(detector):
+    import numpy as np
+
+    from prn_jax import images, predict, results
+    from prn_jax.errors import UserError
+
+    if IMAGES.value:
+        folder = pathlib.Path(IMAGES.value).expanduser()
+        paths = sorted(x for x in folder.rglob("*") if x.suffix.lower() in images.EXTENSIONS)
+        if not paths:
+            raise UserError(f"--images={IMAGES.value}: there are no images")
+        return np.stack([predict.fit(images.read_array(x), detector.image_size) for x in paths])
+    folder = pathlib.Path(CHECKPOINT.value).expanduser().resolve()
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    if not (folder / "predictions.npz").exists():
+        raise UserError(f"no test images in {folder}: give a folder of images as --images")
+    return results.read_predictions(folder)["image"]
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,187 @@
+"""What is done with a trained network, and with a configuration before training."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import prn_jax
+from configs import demo
+from prn_jax import experiment, export, predict, results
+from prn_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("tools")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network of two steps, and where it lies."""
+    config = demo.get_config()
+    config.image_size = (64, 64)
+    config.attention.layers = 1
+    config.backbone.weights = "random"
+    config.batch_size = 8
+    config.total_steps = 2
+    config.prototypes.iterations = 3
+    config.synthesis.max_textures = 20
+    config.data.data_dir = str(tmp_path_factory.mktemp("records"))
+    workdir = tmp_path_factory.mktemp("trained")
+    experiment.train_and_evaluate(config, str(workdir))
+    return workdir / "gravel"
+
+
+def execute(script, *arguments):
+    return subprocess.run(
+        [sys.executable, f"launch/{script}.py", *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_prediction_repeats_the_evaluation(trained):
+    run, stored = results.read_run(trained), results.read_predictions(trained)
+    detector = prn_jax.load(trained)
+    assert detector.thresholds["image"] == run["thresholds"]["image"]
+    maps, scores = detector(stored["image"])
+    assert maps.shape == stored["map"].shape
+    np.testing.assert_allclose(maps, stored["map"].astype(np.float32), atol=1e-3)
+    np.testing.assert_allclose(scores, [x["score"] for x in run["test"]], atol=1e-5)
+    # Any sizes, and grey: each map at its image's own size.
+    image = stored["image"][0]
+    images = [image, image[..., 0], np.zeros((70, 130, 3), np.uint8)]
+    maps, scores = detector(images)
+    assert [m.shape for m in maps] == [(64, 64), (64, 64), (70, 130)]
+    assert scores.shape == (3,)
+    maps, scores = detector([])
+    assert len(maps) == len(scores) == 0
+    with pytest.raises(UserError, match=r"float32: give uint8"):
+        detector([image.astype(np.float32)])
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*\[2\]"):
+        prn_jax.load(trained, step=7)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        prn_jax.load(trained / "nothing")
+
+
+def test_prediction_resizes_as_training_does():
+    image = np.random.default_rng(0).integers(0, 256, (301, 200, 3)).astype(np.uint8)
+    expected = tf.image.resize(image, (64, 96), antialias=True).numpy()
+    assert np.abs(predict.fit(image, (64, 96)) - expected).max() <= 1.0
+
+
+@pytest.mark.slow
+def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
+    folder = tmp_path / "images"
+    (folder / "deeper").mkdir(parents=True)
+    image = results.read_predictions(trained)["image"][0]
+    rng = np.random.default_rng(0)
+    Image.fromarray(image).save(folder / "a.png")
+    Image.fromarray(rng.integers(0, 2**16, (50, 90), np.uint16)).save(folder / "deeper/a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(image[:40]).save(folder / "turned.jpg", exif=exif)
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:500])
+    output = tmp_path / "out"
+    result = execute("predict", f"--checkpoint={trained}", f"--output={output}", folder)
+    assert result.returncode == 1
+    assert "cut.png: not a readable image" in result.stderr
+    assert "Traceback" not in result.stderr
+    with (output / "predictions.csv").open() as file:
+        rows = {pathlib.Path(row["image"]).relative_to(folder).as_posix(): row
+                for row in csv.DictReader(file)}  # fmt: skip
+    assert rows.keys() == {"a.png", "cut.png", "deeper/a.png", "turned.jpg"}
+    _, scores = prn_jax.load(trained)([image])
+    assert float(rows["a.png"]["score"]) == pytest.approx(float(scores[0]), abs=1e-5)
+    threshold = results.read_run(trained)["thresholds"]["image"]
+    for name, row in rows.items():
+        if name == "cut.png":
+            assert row["error"]
+            assert not row["score"]
+        else:
+            called = "anomalous" if float(row["score"]) >= threshold else "normal"
+            assert row["verdict"] == called
+    assert len(json.loads((output / "predictions.json").read_text())) == 4
+    sizes = {
+        path.relative_to(output).as_posix(): Image.open(path).size for path in output.rglob("*.png")
+    }
+    assert sizes == {
+        f"{stem}_{kind}.png": size
+        for stem, size in (("a", (64, 64)), ("deeper/a", (90, 50)), ("turned", (40, 64)))
+        for kind in ("heat", "overlay")
+    }
+    result = execute("predict", f"--checkpoint={trained}", tmp_path / "nothing*")
+    assert result.returncode == 1
+    assert "nothing*: there are no images" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", export.FORMATS)
+def test_an_export_runs_without_us_and_computes_the_same(trained, tmp_path, kind):
+    if kind == "onnx":
+        pytest.importorskip("jax2onnx", reason="not installed: pip install 'prn-jax[export]'")
+    detector = prn_jax.load(trained)
+    images = results.read_predictions(trained)["image"][:5]
+    checked = export.export(detector, kind, tmp_path / "made", images)
+    assert checked.images == 5
+    assert checked.map_difference <= 1e-4
+    assert checked.score_difference <= 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.slow
+def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
+    wrong = export._RUN.replace("map=maps,", "map=maps + 0.01,")
+    monkeypatch.setattr(export, "_RUN", wrong)
+    images = results.read_predictions(trained)["image"][:2]
+    with pytest.raises(UserError, match="differs from the checkpoint by 0.01"):
+        export.export(prn_jax.load(trained), "stablehlo", tmp_path / "made", images)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_preview_is_a_picture(tmp_path):
+    result = execute(
+        "preview", "--config=configs/demo.py", f"--output={tmp_path}/sheet.png", "--columns=3",
+        "--config.image_size=64", f"--config.data.data_dir={tmp_path}/records",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"{tmp_path}/sheet.png"
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 600
+        assert len(sheet.getcolors(2**24)) > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["train", "infer", "kmeans"])
+def test_the_benchmark_needs_no_data_and_no_tensorflow(what):
+    code = (
+        "import sys, runpy; sys.modules['tensorflow'] = None;"
+        "sys.modules['tensorflow_datasets'] = None;"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    arguments = [f"--what={what}", "--json", "--config.image_size=64", "--num_normal=20"]
+    if what != "kmeans":
+        arguments += ["--batch_sizes=8", "--config.attention.layers=1",
+                      "--config.backbone.name=efficientnet_lite0"]  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", code, "launch/benchmark.py", *arguments],
+        cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["jax"] == jax.__version__
+    if what == "kmeans":
+        assert figures["scale_0_s"] > 0
+    else:
+        low, high = figures["spread_ms"]
+        assert 0 < low <= figures["step_ms"] <= high
+        assert figures["images_per_s"] == pytest.approx(8e3 / figures["step_ms"])
+        assert figures["gflop_per_image"] > 0.01
