@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n auto --maxprocesses=8
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -24,7 +24,7 @@ $(VENV)/.demo: setup.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[demo,dev,export]"
 	touch $@
 
 clean:

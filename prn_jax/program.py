@@ -11,7 +11,6 @@ from absl import app, flags, logging
 
 from prn_jax.errors import Interrupted, UserError
 
-
 _NOISE = (
     "Unable to initialize backend",
     "could not be restored. Please",

@@ -171,6 +171,7 @@ def interrupt(arguments, after_step, delay, signal_number):
 
 
 # PRN_KILLS=20 tries more points.
+@pytest.mark.xdist_group("runs")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(int(os.environ.get("PRN_KILLS", "4"))))
 def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninterrupted, tmp_path):
@@ -195,6 +196,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninter
     assert again["test"] == run["test"]
 
 
+@pytest.mark.xdist_group("runs")
 @pytest.mark.slow
 def test_a_finished_category_is_not_run_again(demo_fields, uninterrupted, tmp_path):
     fields = demo_fields | {"total_steps": 1, "category": "gravel"}
@@ -219,6 +221,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.xdist_group("runs")
 @pytest.mark.slow
 def test_two_processes_of_two_devices_make_the_run_of_one(demo_fields, uninterrupted, tmp_path):
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"

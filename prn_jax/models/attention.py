@@ -79,7 +79,7 @@ def _to_patches(x: Array, patch: tuple[int, int]) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 
 
-def _from_patches(x: Array, patch: tuple[int, int], shape: tuple[int, ...]) -> Array:
+def _from_patches(x: Array, patch: tuple[int, int], shape: tuple) -> Array:
     """Undoes `_to_patches` for maps of the given shape."""
     batch, height, width, channels = shape
     rows, columns = math.ceil(height / patch[0]), math.ceil(width / patch[1])
