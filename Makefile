@@ -24,7 +24,7 @@ $(VENV)/.demo: setup.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e ".[demo,dev,export]"
+	$(BIN)/python -m pip install --quiet -e ".[demo,dev]"
 	touch $@
 
 clean:
