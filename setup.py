@@ -32,7 +32,7 @@ setup(
         "ml-collections>=1.1.0",
         "numpy>=2.4",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12.8",
+        "orbax-checkpoint>=0.11.36",  # jax2onnx of the extra "export" wants nothing newer
         "pillow>=13",
         "safetensors>=0.8",
         "scipy>=1.17",
