@@ -42,7 +42,7 @@ def main(patterns: list[str]) -> None:
     from absl import logging
     from tqdm import tqdm
 
-    from prn_jax import predict
+    from prn_jax import predict, results
     from prn_jax.errors import UserError
 
     names = _find(patterns)
@@ -79,8 +79,8 @@ def main(patterns: list[str]) -> None:
                     written.append(pool.submit(_write_pictures, stem, image, values))
             for job in written:
                 job.result()
-    _write(output / "predictions.csv", _as_csv(rows))
-    _write(output / "predictions.json", json.dumps(rows, indent=2) + "\n")
+    results.write_file(output / "predictions.csv", _as_csv(rows))
+    results.write_file(output / "predictions.json", json.dumps(rows, indent=2) + "\n")
     _summary(rows, time.monotonic() - began, output)
     if any(row["error"] for row in rows):
         sys.exit(1)
@@ -149,7 +149,6 @@ def _write_pictures(stem, image, values) -> None:
 
     from prn_jax import pictures
 
-    # Map values 0 to 1 are grey 0 to 255 of the heat map's colours.
     for kind, picture in (
         ("heat", pictures.heat(values)),
         ("overlay", pictures.overlay(image, values)),
@@ -164,17 +163,6 @@ def _as_csv(rows) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _write(path, text) -> None:
-    from prn_jax.errors import UserError
-
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _summary(rows, seconds, output) -> None:

@@ -1,7 +1,6 @@
 """Pictures one would rather look at than read about: contact sheets, outlines, heat maps."""
 
 import io
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +8,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from prn_jax.errors import UserError
+from prn_jax import results
 
 Row = tuple[str, list[tuple[np.ndarray, str]]]
 
@@ -122,16 +121,9 @@ def results_sheet(
 
 def save_png(path: epath.PathLike, image: Image.Image) -> None:
     """Writes a PNG, complete or not at all."""
-    path = epath.Path(path)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    results.write_file(epath.Path(path), buffer.getvalue())
 
 
 def _fit(shape: tuple[int, int], cell: int) -> tuple[int, int]:

@@ -66,7 +66,7 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
         # Inside of a script element only "</" could end it.
         data=json.dumps(data, allow_nan=False).replace("</", "<\\/"),
     )
-    results.write_text(epath.Path(path), page)
+    results.write_file(epath.Path(path), page)
 
 
 def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
@@ -243,10 +243,10 @@ def _chart(title: str, lines: list[Line], x_name: str, y_name: str, x_range, y_r
 def _training(folder: epath.Path) -> str:
     """Losses over steps, from the TensorBoard events, on a logarithmic axis."""
     lines = []
-    for tag, scale in (("loss", 1.0), ("focal", 1.0)):
+    for tag in ("loss", "focal"):
         steps, values = _read_scalars(folder, tag)
         if len(steps) > 1:
-            lines.append((tag, steps, np.log10(np.maximum(values * scale, 1e-9))))
+            lines.append((tag, steps, np.log10(np.maximum(values, 1e-9))))
     if not lines:
         return _figure("Training", "", [])
     y = np.concatenate([line[2] for line in lines])

@@ -71,12 +71,12 @@ def write_run(folder: epath.PathLike, run: dict[str, Any]) -> None:
     Raises:
       ValueError: a figure is not finite.
     """
-    write_text(epath.Path(folder) / "results.json", _as_json(run))
+    write_file(epath.Path(folder) / "results.json", _as_json(run))
 
 
 def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, float | str]) -> None:
     """Writes `thresholds.json` into the folder of the checkpoints, for the one of `step`."""
-    write_text(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
+    write_file(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
 
 
 def write_predictions(
@@ -92,7 +92,7 @@ def write_predictions(
     """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, image=images, mask=masks, map=maps.astype(np.float16))
-    write_text(epath.Path(folder) / "predictions.npz", buffer.getvalue())
+    write_file(epath.Path(folder) / "predictions.npz", buffer.getvalue())
 
 
 def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
@@ -185,7 +185,7 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
         "categories": {name: run["metrics"] for name, run in runs.items()},
         "mean": mean([run["metrics"] for run in runs.values()]),
     }
-    write_text(workdir / "results.json", _as_json(summary))
+    write_file(workdir / "results.json", _as_json(summary))
     lines = [
         f"# PRN on {dataset}",
         "",
@@ -196,7 +196,7 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
     ]
     lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(names, rows)]
     lines += ["", *_notes(runs, dataset), ""]
-    write_text(workdir / "results.md", "\n".join(lines))
+    write_file(workdir / "results.md", "\n".join(lines))
 
 
 def render_table(workdir: epath.PathLike, dataset: str) -> str:
@@ -267,7 +267,7 @@ def _as_json(tree: Any) -> str:
     return json.dumps(tree, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def write_text(path: epath.Path, content: str | bytes) -> None:
+def write_file(path: epath.Path, content: str | bytes) -> None:
     """Writes a file, complete or not at all."""
     content = content.encode() if isinstance(content, str) else content
     temporary = path.parent / f".{path.name}.{os.getpid()}.part"

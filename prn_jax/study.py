@@ -324,9 +324,9 @@ def _spread(values: Sequence[float | None]) -> Figure | None:
 def write_tables(rows: Sequence[Row], workdir: epath.PathLike, dataset: str) -> None:
     """Writes `study.md`, `study.csv` and `study.tex` (booktabs)."""
     folder = epath.Path(workdir).expanduser()
-    results.write_text(folder / "study.md", _markdown(rows, dataset))
-    results.write_text(folder / "study.csv", _csv(rows, dataset))
-    results.write_text(folder / "study.tex", _latex(rows, dataset))
+    results.write_file(folder / "study.md", _markdown(rows, dataset))
+    results.write_file(folder / "study.csv", _csv(rows, dataset))
+    results.write_file(folder / "study.tex", _latex(rows, dataset))
 
 
 def _columns(dataset: str) -> list[tuple[str, str, bool]]:
