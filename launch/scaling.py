@@ -52,12 +52,12 @@ PARAMETERS = flags.DEFINE_float("parameters", 27.2e6, "Trained, float32 gradient
 SHARE = flags.DEFINE_float("share_of_peak", 0.2, "Of the chip that the step reaches (assumed).")
 INPUT = flags.DEFINE_float("input_per_core", 300.0, "Images/s of one core (measured).")
 COLLECTIVES = flags.DEFINE_integer(
-    "collectives", 24, "Reductions before the gradient's, two per batch norm pass (counted)."
+    "collectives", 24, "Small reductions before the gradient's, of the batch norms (assumed)."
 )
 LATENCY = flags.DEFINE_float("latency_us", 10.0, "Of one small reduction (assumed).")
 OVERHEAD = flags.DEFINE_float("overhead_ms", 2.0, "Of a step, whatever its batch (assumed).")
 BATCH = flags.DEFINE_integer("batch_size", 64, "Images per step over all chips.")
-STEPS = flags.DEFINE_integer("steps", 4572, "Of one category (700 epochs of 209 images).")
+STEPS = flags.DEFINE_integer("steps", 4571, "Of one category (700 epochs of 209 images).")
 RUNS = flags.DEFINE_integer("runs", 45, "Of a study: categories x seeds.")
 
 
