@@ -8,6 +8,8 @@ it when it is complete, so a process killed while saving leaves the previous che
 import contextlib
 import json
 import pathlib
+import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 
+from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
 
 Tree = Any
@@ -53,6 +56,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=None if read_only else keep,
                     enable_async_checkpointing=not read_only,
+                    cleanup_tmp_directories=not read_only,  # what a killed process left behind
                     read_only=read_only,
                 ),
                 item_names=("model", "optimizer", "config"),
@@ -67,7 +71,13 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, model: Tree, optimizer: Tree, config: dict) -> None:
-        """Starts to save; returns when the arrays are copied from the device."""
+        """Starts to save; returns when the arrays are copied from the device.
+
+        Raises:
+          UserError: there is no room, or the checkpoint before this one could not be written.
+        """
+        self.wait()
+        self._check_room((model, optimizer))
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(model),
             optimizer=ocp.args.StandardSave(optimizer),
@@ -75,6 +85,17 @@ class Checkpoints:
         )
         with _writable(self.folder):
             self._manager.save(step, args=items)
+
+    def _check_room(self, tree: Tree) -> None:
+        """Refuses to begin what a local disk has no room for: Orbax would fail half-way."""
+        if "://" in str(self.folder):
+            return
+        needed = sum(x.nbytes for x in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self.folder).free
+        if not meshes.agree(free >= needed):
+            raise _unwritable(
+                self.folder, f"{needed >> 20} MiB are needed and {free >> 20} MiB are free"
+            )
 
     def restore(self, model: Tree, optimizer: Tree, step: int | None = None) -> tuple[Tree, Tree]:
         """Reads a checkpoint (the newest by default) into trees like the given ones.
@@ -162,7 +183,17 @@ def _writable(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write checkpoints to {folder}: {error.strerror or error}; "
-            "free some space or give another --workdir (earlier checkpoints are kept)"
-        ) from error
+        raise _unwritable(folder, error.strerror or str(error)) from error
+    except ValueError as error:
+        # TensorStore's errors begin with a status and end with what the system said.
+        if not re.match("[A-Z_]+: ", str(error)):
+            raise
+        reason = str(error).rpartition(": ")[2].partition(" [")[0]
+        raise _unwritable(folder, reason) from error
+
+
+def _unwritable(folder: epath.Path, reason: str) -> UserError:
+    return UserError(
+        f"cannot write checkpoints to {folder}: {reason}; "
+        "free some space or give another --workdir (earlier checkpoints are kept)"
+    )

@@ -5,18 +5,12 @@ import logging as python_logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from prn_jax.errors import Interrupted, UserError
-
-_NOISE = (
-    "Unable to initialize backend",
-    "could not be restored. Please",
-    "read_only=True",
-    "Given directory is read only",
-)
 
 
 def run(main: Callable[..., None], positional: bool = False) -> None:
@@ -40,8 +34,11 @@ def run(main: Callable[..., None], positional: bool = False) -> None:
 def _guarded(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
-    # Orbax and JAX note each of their steps at level INFO.
     logging.get_absl_handler().addFilter(_ours)
+    # A write that fails leaves half-done coroutines in Orbax's threads, each with its complaint.
+    python_logging.getLogger("asyncio").disabled = True
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = _report_unraisable
     with contextlib.suppress(ValueError):  # only the main thread gets signals
         signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -57,6 +54,7 @@ def _guarded(main: Callable[[], None]) -> None:
 def fail(message: str) -> None:
     """Prints one line and exits with status 1."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.unraisablehook = lambda _: None  # of objects that the exit cuts short
     sys.exit(1)
 
 
@@ -66,11 +64,17 @@ def _terminated(*_) -> None:
 
 
 def _ours(record: python_logging.LogRecord) -> bool:
-    # JAX warns of each plugin without its hardware, Orbax of what it was not asked for.
-    message = record.getMessage()
-    if any(text in message for text in _NOISE):
+    """Our lines, and others' warnings."""
+    # JAX warns of each plugin without its hardware. Orbax warns of what it was not asked for and
+    # logs errors that it raises as well.
+    if "Unable to initialize backend" in record.getMessage() or "/orbax/" in record.pathname:
         return False
     return record.levelno >= python_logging.WARNING or "prn_jax" in record.pathname
+
+
+def _report_unraisable(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: list[str], positional: bool) -> list[str]:

@@ -1,3 +1,6 @@
+import shutil
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -47,6 +50,7 @@ def test_an_unfinished_save_is_no_checkpoint(tree, tmp_path):
     assert again.latest_step() == 5
     assert same(again.restore_model(), tree)
     again.close()
+    assert not unfinished.exists()
 
 
 def test_an_unwritable_folder_is_one_line_and_keeps_what_is_there(tree, tmp_path):
@@ -57,20 +61,20 @@ def test_an_unwritable_folder_is_one_line_and_keeps_what_is_there(tree, tmp_path
     assert blocked.read_text() == "in the way"
 
 
-def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(tree, tmp_path, monkeypatch):
+def test_too_little_room_is_one_line_and_keeps_earlier_checkpoints(tree, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tree, {"step": tree["b"]}, {})
-    checkpoints.wait()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints._manager, "save", full)
-    with pytest.raises(UserError, match=r"No space left on device; free some space"):
+    needed = sum(x.nbytes for x in jax.tree.leaves((tree, tree["b"])))
+    full = lambda _: types.SimpleNamespace(free=needed - 1)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    with pytest.raises(UserError, match=r"0 MiB are needed and 0 MiB are free; free some space"):
         checkpoints.save(2, tree, {"step": tree["b"]}, {})
     assert checkpoints.latest_step() == 1
     assert same(checkpoints.restore_model(), tree)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=needed))
+    checkpoints.save(2, tree, {"step": tree["b"]}, {})
     checkpoints.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_changed_fields_are_named_and_free_ones_are_not():

@@ -278,8 +278,8 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         failure = None
         try:
             builder._write(manual_dir)
-        except OSError as error:
-            failure = error
+        except (OSError, RuntimeError) as error:  # TFDS wraps TensorFlow's own
+            failure = str(error).splitlines()[0]
         # What is there counts: another process that prepares the category may have been first.
         builder = cls.open(category, data_dir)
         if builder.fingerprint != current:
