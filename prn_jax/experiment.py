@@ -3,7 +3,7 @@
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -132,7 +132,9 @@ def _run_category(
     from prn_jax import input_pipeline
 
     began = time.monotonic()
-    data = _first_on_main(lambda: input_pipeline.load_category(config, config.category))
+    data = meshes.first_on_main(
+        f"loading {config.category}", lambda: input_pipeline.load_category(config, config.category)
+    )
     logging.info(
         "%s: %d normal and %d seen anomalous images to train, %d to test (%d of them anomalous)",
         config.category,
@@ -253,16 +255,6 @@ def _one_line(metrics: dict[str, float | None]) -> str:
 
 def _count(params: Any) -> int:
     return int(sum(x.size for x in jax.tree.leaves(params)))
-
-
-def _first_on_main(load: Callable[[], Any]) -> Any:
-    """Process 0 prepares the data, the others wait and then read what it prepared."""
-    if not meshes.is_main():
-        meshes.barrier("data is prepared")
-    loaded = load()
-    if meshes.is_main():
-        meshes.barrier("data is prepared")
-    return loaded
 
 
 def _cache_compilations() -> None:

@@ -7,21 +7,33 @@ are the same on each device. Batch sizes are global: over all devices of all hos
 import importlib.util
 import os
 import pathlib
-from typing import Any
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
 
 from prn_jax.errors import UserError
 
 Tree = Any
+T = TypeVar("T")
+
+# One process may wait for another that writes a large data set, but not for ever.
+_PATIENCE_MS = 24 * 3600 * 1000
 
 
 def initialize(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout_s: int = 300,
 ) -> None:
     """Joins the other processes of a multi-host run; alone, does nothing.
 
@@ -32,6 +44,7 @@ def initialize(
       coordinator: `host:port` of process 0.
       num_processes: processes of the run.
       process_id: this one's number, from 0.
+      timeout_s: seconds to wait for the others.
 
     Raises:
       UserError: some but not all arguments are given, or the coordinator does not answer.
@@ -41,16 +54,59 @@ def initialize(
         raise UserError("--coordinator, --num_processes and --process_id belong together")
     if not any(given) and not _many_hosts():
         return
+    if coordinator is not None:
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id={process_id}: give 0 to {num_processes - 1}")
+        logging.info(
+            "process %d of %d: meeting the others at %s", process_id, num_processes, coordinator
+        )
+        _meet(coordinator, process_id, timeout_s)
     if jax.config.jax_cpu_collectives_implementation is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout_s,
+            shutdown_timeout_seconds=20,  # how long one that fails alone waits for the others
+        )
     except (RuntimeError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(
-            f"cannot join the run at coordinator {coordinator or '(auto-detected)'}: {first_line}; "
-            "check that process 0 runs and that its port is open"
+            f"cannot join the run at coordinator {coordinator or '(auto-detected)'}: {first_line}"
         ) from error
+
+
+def _meet(coordinator: str, process_id: int, timeout_s: int) -> None:
+    """Makes sure that process 0 listens, for JAX aborts the process where nobody answers."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator={coordinator}: give host:port")
+    address = host.strip("[]"), int(port)
+    if process_id == 0:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        try:
+            socket.create_server(("", address[1]), family=family, dualstack_ipv6=both).close()
+        except OSError as error:
+            raise UserError(
+                f"--coordinator={coordinator}: {os.strerror(error.errno)}; choose a free port"
+            ) from error
+        return
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection(address, timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator={coordinator} did not answer for {timeout_s} s "
+                    f"({error.strerror or error}): check that process 0 runs and that its port is "
+                    "open"
+                ) from error
+        time.sleep(0.5)
 
 
 def _many_hosts() -> bool:
@@ -118,13 +174,37 @@ def gather(array: jax.Array) -> np.ndarray:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Waits until every process has come here, for hours if need be.
+
+    Through the coordinator, for a collective on the devices would give up after seconds.
+    """
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=_PATIENCE_MS)
 
 
 def agree(flag: bool) -> bool:
-    """Process 0's answer, on every process."""
+    """Process 0's answer, on every process; a collective, which all reach at about one time."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
+def first_on_main(name: str, work: Callable[[], T]) -> T:
+    """Process 0 works, then the others do the same work, which finds what process 0 wrote.
+
+    Args:
+      name: of the work, for messages.
+      work: runs on every process.
+
+    Raises:
+      UserError: process 0's on process 0, and one that points to it on the others.
+    """
+    result = problem = None
+    if is_main():
+        try:
+            result = work()
+        except UserError as error:
+            problem = error
+    barrier(name)
+    if not agree(problem is None):
+        raise problem or UserError(f"{name} failed on process 0, which says why")
+    return result if is_main() else work()

@@ -137,6 +137,22 @@ def test_help_names_every_flag():
     assert "--workdir" in result.stdout
 
 
+def with_file_size_limit(kibibytes, arguments):
+    """No file may become larger: writing fails half-way, as on a full disk."""
+    return ["bash", "-c", f'ulimit -f {kibibytes}; exec "$@"', "bash", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_records_that_cannot_be_written_are_one_line(bottle, tmp_path):
+    fields = {"data.manual_dir": bottle, "data.data_dir": tmp_path / "records"}
+    arguments = command("mvtec", tmp_path / "work", category="bottle", **fields)
+    result = execute(with_file_size_limit(20, arguments))
+    assert result.returncode == 1
+    assert re.search(r"^error: cannot write .*File too large", result.stderr, re.M), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "records").rglob("*.tfrecord*"))
+
+
 # --- interruptions --------------------------------------------------------------------------------
 
 
@@ -198,6 +214,28 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninter
 
 @pytest.mark.xdist_group("runs")
 @pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written_is_one_line(demo_fields, uninterrupted, tmp_path):
+    # The folder holds a checkpoint already, of a run that was asked to stop.
+    status, log = interrupt(command("demo", tmp_path, **demo_fields), 3, 0.0, signal.SIGTERM)
+    assert status == 0, log
+    arguments = command("demo", tmp_path, **demo_fields)
+    result = execute(with_file_size_limit(2000, arguments))
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    assert re.fullmatch(r"error: cannot write checkpoints to .*: File too large; .*", lines[-1])
+    # TensorStore's and Orbax's threads keep quiet about it.
+    assert sum("error" in line.lower() for line in lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    result = execute(arguments)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from step" in result.stderr
+    assert_equal(final_variables(tmp_path), uninterrupted[0])
+    left = {x.name for x in (tmp_path / "gravel/checkpoints").iterdir() if x.is_dir()}
+    assert left == {"10", "12"}
+
+
+@pytest.mark.xdist_group("runs")
+@pytest.mark.slow
 def test_a_finished_category_is_not_run_again(demo_fields, uninterrupted, tmp_path):
     fields = demo_fields | {"total_steps": 1, "category": "gravel"}
     first = execute(command("demo", tmp_path, **fields))
@@ -221,27 +259,50 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.xdist_group("runs")
-@pytest.mark.slow
-def test_two_processes_of_two_devices_make_the_run_of_one(demo_fields, uninterrupted, tmp_path):
+def start_two(config, workdir, **fields):
+    """Two processes of one run, with two devices each."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
-    processes = [
+    return [
         subprocess.Popen(
             command(
-                "demo", tmp_path, coordinator, "--num_processes=2", f"--process_id={i}",
-                **demo_fields,
+                config, workdir, coordinator, "--num_processes=2", f"--process_id={i}", **fields
             ),
             cwd=ROOT, env=environment(devices=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(2)
     ]  # fmt: skip
+
+
+def finish(processes):
+    """Exit statuses, standard outputs and standard errors."""
     outputs = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "results:" in outputs[0][0]
+    return [process.returncode for process in processes], *zip(*outputs)
+
+
+@pytest.mark.xdist_group("runs")
+@pytest.mark.slow
+def test_two_processes_of_two_devices_make_the_run_of_one(demo_fields, uninterrupted, tmp_path):
+    # One of the two is asked to stop: both agree on the step, save and exit.
+    fields = demo_fields | {"checkpoint.every_steps": 0}
+    processes = start_two("demo", tmp_path, **fields)
+    for line in processes[0].stderr:
+        if line.startswith("step 4/"):
+            processes[1].send_signal(signal.SIGTERM)
+            break
+    statuses, _, logs = finish(processes)
+    assert statuses == [0, 0], logs
+    stopped = [re.search(r"stopped at step (\d+) of 12 and saved; the same", x) for x in logs]
+    assert all(stopped), logs
+    assert 4 <= int(stopped[0][1]) == int(stopped[1][1]) < STEPS
+    # The same command goes on.
+    statuses, outputs, logs = finish(start_two("demo", tmp_path, **fields))
+    assert statuses == [0, 0], logs
+    assert f"resumed from step {stopped[0][1]} of 12" in logs[0]
+    assert "results:" in outputs[0]
     # Only process 0 reports and writes.
-    assert "results:" not in outputs[1][0]
-    assert "step " not in outputs[1][1]
+    assert "results:" not in outputs[1]
+    assert "step " not in logs[1]
     variables, run = uninterrupted
     found = final_variables(tmp_path)
     assert_equal(found["prototypes"], variables["prototypes"], rtol=1e-4, atol=1e-5)
@@ -249,4 +310,17 @@ def test_two_processes_of_two_devices_make_the_run_of_one(demo_fields, uninterru
     assert again["provenance"]["device"]["processes"] == 2
     for a, b in zip(again["test"], run["test"], strict=True):
         assert a["id"] == b["id"]
+        # Rounding alone; tests/test_scale.py compares without it.
         assert a["score"] == pytest.approx(b["score"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_bad_data_ends_all_processes_with_one_line_each(tmp_path):
+    fields = {"category": "bottle", "data.manual_dir": "/nowhere", "data.data_dir": tmp_path / "r"}
+    statuses, _, logs = finish(start_two("mvtec", tmp_path / "work", **fields))
+    assert statuses == [1, 1], logs
+    errors = [[x for x in log.splitlines() if x.startswith("error: ")] for log in logs]
+    assert [len(x) for x in errors] == [1, 1], logs
+    assert "no folder /nowhere/bottle/train" in errors[0][0]
+    assert "loading bottle failed on process 0, which says why" in errors[1][0]
+    assert "Traceback" not in "".join(logs)
