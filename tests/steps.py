@@ -1,0 +1,118 @@
+"""Real training steps on any devices, and the evaluation after them, for comparisons.
+
+In a process of its own: `python -m tests.steps RECORDS PROTOTYPES COORDINATOR COUNT NUMBER OUTPUT`.
+"""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from configs import demo
+from prn_jax import evaluate, experiment, input_pipeline, metrics, train
+from prn_jax import mesh as meshes
+from prn_jax.models.prn import create_model
+from prn_jax.models.prototypes import num_prototypes
+
+
+def small_config(records, **changes):
+    """The demo at 64x64 pixels, batch 8, one attention layer, with its pretrained backbone."""
+    config = demo.get_config()
+    config.image_size = (64, 64)
+    config.batch_size = 8
+    config.total_steps = 20
+    config.dtype = "float32"
+    config.attention.layers = 1
+    config.prototypes.iterations = 5
+    config.synthesis.max_textures = 20
+    config.data.data_dir = str(records)
+    config.update_from_flattened_dict(changes)
+    return experiment.checked(config)
+
+
+def fit_prototypes(config, data, mesh):
+    """The `prototypes` collection, NumPy."""
+    model = create_model(config, num_prototypes(len(data.train), config.prototypes.ratio))
+    variables = meshes.replicate(mesh, train.create_variables(config, model))
+    encoder = {
+        "backbone": variables["backbone"],
+        "params": {"backbone": variables["params"]["backbone"]},
+    }
+    return jax.device_get(train.fit_prototypes(config, model, encoder, data.train.image, mesh))
+
+
+def make_batches(config, data):
+    """This process's part of all batches."""
+    batches = input_pipeline.train_batches(
+        config,
+        data,
+        total_steps=config.total_steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return [{name: batch[name] for name in ("image", "mask")} for batch in batches]
+
+
+def run(config, data, batches, mesh, prototypes, dtype=np.float32):
+    """Trains on all batches and evaluates the test split.
+
+    Args:
+      config: from `small_config`; `dtype` is the type of computing.
+      data: of the demo.
+      batches: from `make_batches`.
+      mesh: devices, of one or several processes.
+      prototypes: from `fit_prototypes`.
+      dtype: of parameters, statistics and the optimiser's state.
+
+    Returns:
+      The module, its variables, the losses [steps], the scores [n] and the metrics.
+    """
+    clusters = len(prototypes["scale_0"]["maps"])
+    model = create_model(config, clusters)
+    variables = train.create_variables(config, model)
+    variables = meshes.replicate(mesh, jax.tree.map(lambda x: x.astype(dtype), variables))
+    optimizer = train.create_optimizer(config, config.total_steps)
+    state = train.TrainState(
+        meshes.replicate(mesh, np.int32(0)),
+        variables["params"],
+        variables["batch_stats"],
+        meshes.replicate(mesh, jax.jit(optimizer.init)(variables["params"])),
+    )
+    frozen = meshes.replicate(mesh, {"prototypes": prototypes}) | {
+        "backbone": variables["backbone"]
+    }
+    step = train.make_train_step(config, model, optimizer, mesh)
+    losses = []
+    for batch in batches:
+        state, values = step(state, frozen, meshes.shard(mesh, batch))
+        losses.append(float(values["loss"]))
+    variables = {"params": state.params, "batch_stats": state.batch_stats, **frozen}
+    maps, scores = predict(model, variables, data, mesh)
+    found = metrics.evaluate_maps(maps, data.test.mask, scores, data.test.label)
+    return model, variables, np.array(losses), scores, found
+
+
+def predict(model, variables, data, mesh):
+    """Maps and scores of the test split."""
+    return evaluate.predict(model, variables, data.test.image, mesh, batch_size=8)
+
+
+def main(records, prototypes, coordinator, count, number, output):
+    meshes.initialize(coordinator, int(count), int(number))
+    config, mesh = small_config(records), meshes.create_mesh()
+    data = input_pipeline.load_category(config, config.category)
+    batches = make_batches(config, data)
+    own = fit_prototypes(config, data, mesh)
+    with np.load(prototypes) as file:
+        given = {name: {"maps": file[name]} for name in file.files}
+    with jax.enable_x64(True):
+        config.dtype = "float64"
+        _, _, losses, scores, found = run(config, data, batches, mesh, given, np.float64)
+    if meshes.is_main():
+        maps = {name: own[name]["maps"] for name in own}
+        np.savez(pathlib.Path(output), losses=losses, scores=scores, **maps, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
