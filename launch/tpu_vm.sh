@@ -2,31 +2,34 @@
 # Trains on a Cloud TPU slice: asks for a spot slice, waits, installs, runs on all its workers.
 #
 #   PROJECT=my-project ZONE=us-east5-b launch/tpu_vm.sh create
-#   BUCKET=gs://my-bucket launch/tpu_vm.sh install
+#   launch/tpu_vm.sh install
 #   BUCKET=gs://my-bucket launch/tpu_vm.sh run --config=configs/mvtec.py
+#   launch/tpu_vm.sh logs      # follows a run, which goes on without this terminal
+#   launch/tpu_vm.sh stop      # saves and ends it
 #   launch/tpu_vm.sh delete
 #
 # The TFRecords are in $BUCKET/tfds. The machine that has the raw images writes them there:
 #   python launch/preview.py --config=configs/mvtec.py --config.data.manual_dir=/data/mvtec_ad \
 #       --config.data.data_dir=gs://my-bucket/tfds
-# After a preemption: `create`, `install` and the same `run`; it goes on from the last checkpoint.
+# After a preemption: `delete`, `create`, `install` and the same `run`, which goes on from the last
+# checkpoint.
 set -euo pipefail
 
 NAME=${NAME:-prn}
 ZONE=${ZONE:-us-east5-b}
-PROJECT=${PROJECT:-$(gcloud config get-value project 2>/dev/null)}
+PROJECT=${PROJECT:-$(gcloud config get-value project 2>/dev/null || true)}
 TYPE=${TYPE:-v6e-8}                    # accelerator type of the slice
 RUNTIME=${RUNTIME:-v2-alpha-tpuv6e}    # v5litepod-*: v2-alpha-tpuv5-lite
 REPOSITORY=${REPOSITORY:-$(git -C "$(dirname "$0")" remote get-url origin 2>/dev/null || true)}
 WHERE=(--zone="$ZONE" --project="$PROJECT")
 
 usage() {
-  sed -n '2,12s/^# \{0,1\}//p' "$0"
+  sed -n '2,15s/^# \{0,1\}//p' "$0"
   exit "${1:-1}"
 }
 
-everywhere() {
-  gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=all --command="$1"
+on() {  # WORKER COMMAND
+  gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$1" --command="$2"
 }
 
 needs() {
@@ -50,7 +53,7 @@ case $action in
     ;;
   install)
     needs REPOSITORY "the URL to clone the project from"
-    everywhere "set -e
+    on all "set -e
       sudo apt-get install -y -q python3.11-venv
       [ -d prn-jax ] || git clone -q '$REPOSITORY' prn-jax
       cd prn-jax && git pull -q
@@ -61,9 +64,13 @@ case $action in
     needs BUCKET "gs://..., for the data and the results"
     # Quoted twice: once for this shell, once for the workers'.
     arguments=$(printf ' %q' "$@")
-    everywhere "cd prn-jax && .venv/bin/python launch/main.py \
-      --workdir='$BUCKET/runs/$NAME' --config.data.data_dir='$BUCKET/tfds' $arguments"
+    on all "cd prn-jax && nohup .venv/bin/python launch/main.py \
+      --workdir='$BUCKET/runs/$NAME' --config.data.data_dir='$BUCKET/tfds' $arguments \
+      >train.log 2>&1 </dev/null &"
+    on 0 "tail -F prn-jax/train.log"
     ;;
+  logs) on 0 "tail -n 40 -F prn-jax/train.log" ;;
+  stop) on all "pkill -TERM -f launch/main.py" ;;
   delete)
     gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
     ;;

@@ -48,7 +48,9 @@ def train_and_evaluate(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write to --workdir={workdir}: {error.strerror or error}"
+        ) from error
     _cache_compilations()
     mesh = meshes.create_mesh()
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
