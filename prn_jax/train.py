@@ -374,8 +374,9 @@ class _Progress:
     """Losses, learning rate, images/s and the time to go: a bar on a terminal, else lines."""
 
     def __init__(self, config, start, steps, schedule, write_scalars):
-        self._config, self._steps, self._schedule = config, steps, schedule
-        self._write_scalars = write_scalars
+        self._config, self._steps, self._write_scalars = config, steps, write_scalars
+        # All at once: asked for later, each would wait on the device for the steps before it.
+        self._rates = np.asarray(schedule(np.arange(steps)))
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._bar = tqdm(
             total=steps,
@@ -432,7 +433,7 @@ class _Progress:
         # The newest steps may still be running: the pace is that of those that are done.
         since, began = self._mark
         done = fetched[-1][0]
-        scalars = means | {"learning_rate": float(self._schedule(step - 1))}
+        scalars = means | {"learning_rate": float(self._rates[step - 1])}
         pace = ""
         if done > since:
             seconds = (now - began) / (done - since)

@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -139,3 +140,11 @@ def test_a_slurm_job_that_fails_is_not_queued_again(job, tmp_path):
     process.communicate(timeout=20)
     assert process.returncode == 3
     assert not (tmp_path / "calls").exists()
+
+
+def test_the_tables_of_the_documentation_are_the_script_s():
+    printed = subprocess.run(
+        [sys.executable, "launch/scaling.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "A study of 45 runs" in printed
+    assert printed in (ROOT / "docs/scaling.md").read_text()

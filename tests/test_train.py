@@ -126,6 +126,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.slow
+def test_the_loop_hands_nothing_over_but_its_batches(images, tmp_path):
+    """An implicit transfer would make the host wait for the device, or the device for the host."""
+    config = small_config(total_steps=7, **{"checkpoint.every_steps": 0})
+    lines = []
+
+    def batches(start, steps):
+        for step, batch in enumerate(make_batches(config)(start, steps)):
+            # Not while the first step is compiled, nor while the last one is saved.
+            jax.config.update("jax_transfer_guard", "disallow" if 2 <= step < 6 else "allow")
+            yield batch
+
+    checkpoints = Checkpoints(tmp_path)
+    try:
+        train.train(
+            config, images, batches, checkpoints, meshes.create_mesh(jax.devices()[:2]),
+            write_scalars=lambda step, scalars: lines.append(step),
+        )  # fmt: skip
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+        checkpoints.close()
+    assert lines == [2, 4, 6, 7]
+
+
 def test_frozen_variables_are_no_parameters():
     model = train.create_model(small_config(), 2)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
