@@ -169,8 +169,8 @@ def uninterrupted(demo_fields, tmp_path_factory):
     return final_variables(workdir), json.loads((workdir / "gravel/results.json").read_text())
 
 
-def interrupt(arguments, after_step, delay, signal_number):
-    """Starts the program and signals it some time after it reports a step; its exit status."""
+def interrupt(arguments, after_step, wait, signal_number):
+    """Starts the program, waits for a step and then for `wait()`, and signals; its exit status."""
     process = subprocess.Popen(
         arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         text=True,
@@ -179,11 +179,16 @@ def interrupt(arguments, after_step, delay, signal_number):
     for line in process.stderr:
         lines.append(line)
         if line.startswith(f"step {after_step}/"):
-            time.sleep(delay)
+            wait()
             process.send_signal(signal_number)
             break
     lines += process.stderr.readlines()
     return process.wait(timeout=120), "".join(lines)
+
+
+def unfinished_saves(workdir):
+    """What Orbax is writing, or was when it was killed."""
+    return list(workdir.glob("gravel/checkpoints/*.orbax-checkpoint-tmp/*"))
 
 
 # PRN_KILLS=20 tries more points.
@@ -192,17 +197,25 @@ def interrupt(arguments, after_step, delay, signal_number):
 @pytest.mark.parametrize("number", range(int(os.environ.get("PRN_KILLS", "4"))))
 def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninterrupted, tmp_path):
     draw = random.Random(number)
-    # Steps save every other time: some signals come while a checkpoint is written.
     arguments = command("demo", tmp_path, **demo_fields)
-    step, delay = draw.randrange(2, STEPS - 1), draw.uniform(0.0, 0.4)
+    step, delay = draw.randrange(2, STEPS - 4), draw.uniform(0.0, 0.4)
+    in_a_save = number % 4 in (0, 3)  # steps save every other time
+
+    def wait():
+        time.sleep(delay)
+        while in_a_save and not unfinished_saves(tmp_path):
+            time.sleep(0.001)
+
     if number % 2:
-        status, log = interrupt(arguments, step, delay, signal.SIGTERM)
+        status, log = interrupt(arguments, step, wait, signal.SIGTERM)
         assert status == 0, log
         assert re.search(r"stopped at step \d+ of 12 and saved; the same command goes on|"
                          r"terminated; the same command goes on", log)  # fmt: skip
+        assert not unfinished_saves(tmp_path)
     else:
-        status, log = interrupt(arguments, step, delay, signal.SIGKILL)
+        status, log = interrupt(arguments, step, wait, signal.SIGKILL)
         assert status == -signal.SIGKILL, log
+        assert unfinished_saves(tmp_path) or not in_a_save
     result = execute(arguments)
     assert result.returncode == 0, result.stderr
     variables, run = uninterrupted
@@ -216,9 +229,9 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninter
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_is_one_line(demo_fields, uninterrupted, tmp_path):
     # The folder holds a checkpoint already, of a run that was asked to stop.
-    status, log = interrupt(command("demo", tmp_path, **demo_fields), 3, 0.0, signal.SIGTERM)
-    assert status == 0, log
     arguments = command("demo", tmp_path, **demo_fields)
+    status, log = interrupt(arguments, 3, lambda: None, signal.SIGTERM)
+    assert status == 0, log
     result = execute(with_file_size_limit(2000, arguments))
     assert result.returncode == 1
     lines = result.stderr.splitlines()

@@ -161,7 +161,7 @@ def test_the_preview_is_a_picture(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["train", "infer", "kmeans"])
-def test_the_benchmark_needs_no_data_and_no_tensorflow(what):
+def test_the_benchmark_needs_no_data_and_no_tensorflow(what, tmp_path):
     code = (
         "import sys, runpy; sys.modules['tensorflow'] = None;"
         "sys.modules['tensorflow_datasets'] = None;"
@@ -171,6 +171,8 @@ def test_the_benchmark_needs_no_data_and_no_tensorflow(what):
     if what != "kmeans":
         arguments += ["--batch_sizes=8", "--config.attention.layers=1",
                       "--config.backbone.name=efficientnet_lite0"]  # fmt: skip
+    if what == "infer":
+        arguments.append(f"--profile={tmp_path}")
     result = subprocess.run(
         [sys.executable, "-c", code, "launch/benchmark.py", *arguments],
         cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True,
@@ -185,3 +187,5 @@ def test_the_benchmark_needs_no_data_and_no_tensorflow(what):
         assert 0 < low <= figures["step_ms"] <= high
         assert figures["images_per_s"] == pytest.approx(8e3 / figures["step_ms"])
         assert figures["gflop_per_image"] > 0.01
+    traces = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.xplane.pb")}
+    assert traces == ({"infer_float32_8"} if what == "infer" else set())
