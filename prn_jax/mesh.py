@@ -73,9 +73,8 @@ def initialize(
         )
     except (RuntimeError, ValueError) as error:
         first_line = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot join the run at coordinator {coordinator or '(auto-detected)'}: {first_line}"
-        ) from error
+        mend = "" if coordinator else "; give --coordinator, --num_processes and --process_id"
+        raise UserError(f"cannot join the other processes: {first_line}{mend}") from error
 
 
 def _meet(coordinator: str, process_id: int, timeout_s: int) -> None:

@@ -1,10 +1,59 @@
+import pathlib
+import random
 import socket
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from prn_jax import mesh
 from prn_jax.errors import UserError
+from tests.test_main import environment
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MEET = """
+from prn_jax import mesh
+mesh.initialize()
+import jax
+print(jax.process_count(), jax.process_index(), mesh.agree(jax.process_index() == 0))
+"""
+
+
+def slurm(number, job):
+    return {
+        "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number),
+    }  # fmt: skip
+
+
+def open_mpi(number, job):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(number), "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [slurm, open_mpi])
+def test_processes_find_each_other_by_what_the_launcher_sets(launcher):
+    job = random.randrange(4096)  # of which the port follows
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEET], cwd=ROOT, env=environment() | launcher(number, job),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=60) for process in processes]
+    found = [text.splitlines()[-1:] for text, _ in outputs]
+    assert found == [["2 0 True"], ["2 1 True"]], outputs
+
+
+def test_a_launcher_that_says_too_little_is_one_line(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"cannot join the other processes: .*; give --coordinator"):
+        mesh.initialize()
+    assert not jax.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(
