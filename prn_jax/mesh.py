@@ -52,7 +52,8 @@ def initialize(
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
         raise UserError("--coordinator, --num_processes and --process_id belong together")
-    if not any(given) and not _many_hosts():
+    launched = _launched_as_one_of_many()
+    if not any(given) and not launched and not _has_tpu():
         return
     if coordinator is not None:
         if not 0 <= process_id < num_processes:
@@ -72,6 +73,8 @@ def initialize(
             shutdown_timeout_seconds=20,  # how long one that fails alone waits for the others
         )
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and not any(given) and not launched:
+            return  # JAX finds no cluster: a TPU outside Google's machines, in a notebook say
         first_line = str(error).splitlines()[0]
         mend = "" if coordinator else "; give --coordinator, --num_processes and --process_id"
         raise UserError(f"cannot join the other processes: {first_line}{mend}") from error
@@ -108,16 +111,18 @@ def _meet(coordinator: str, process_id: int, timeout_s: int) -> None:
         time.sleep(0.5)
 
 
-def _many_hosts() -> bool:
-    """Whether the environment says that this process is one of several."""
-    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if int(os.environ.get(variable, "1")) > 1:
-            return True
+def _launched_as_one_of_many() -> bool:
+    """Whether a launcher says that this process is one of several."""
     if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         return True
-    # A Cloud TPU VM: its hosts find each other through the metadata server.
-    has_tpu = pathlib.Path("/dev/accel0").exists() or pathlib.Path("/dev/vfio/0").exists()
-    return has_tpu and importlib.util.find_spec("libtpu") is not None
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    return any(int(os.environ.get(name, "1")) > 1 for name in counts)
+
+
+def _has_tpu() -> bool:
+    """Whether this is a TPU's host; those of one slice find each other by Google's metadata."""
+    has_chip = pathlib.Path("/dev/accel0").exists() or pathlib.Path("/dev/vfio/0").exists()
+    return has_chip and importlib.util.find_spec("libtpu") is not None
 
 
 def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:

@@ -79,6 +79,12 @@ def test_a_port_in_use_is_one_line():
             mesh.initialize(f"127.0.0.1:{port}", 2, 0)
 
 
+def test_a_tpu_without_a_cluster_is_used_alone(monkeypatch):
+    monkeypatch.setattr(mesh, "_has_tpu", lambda: True)
+    mesh.initialize()
+    assert not jax.distributed.is_initialized()
+
+
 def test_alone_nothing_is_joined_and_the_work_is_done_once(monkeypatch):
     for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(variable, raising=False)
