@@ -192,7 +192,6 @@ def unfinished_saves(workdir):
 
 
 # PRN_KILLS=20 tries more points.
-@pytest.mark.xdist_group("runs")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(int(os.environ.get("PRN_KILLS", "4"))))
 def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninterrupted, tmp_path):
@@ -225,7 +224,6 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninter
     assert again["test"] == run["test"]
 
 
-@pytest.mark.xdist_group("runs")
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_is_one_line(demo_fields, uninterrupted, tmp_path):
     # The folder holds a checkpoint already, of a run that was asked to stop.
@@ -247,7 +245,6 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(demo_fields, uninterrup
     assert left == {"10", "12"}
 
 
-@pytest.mark.xdist_group("runs")
 @pytest.mark.slow
 def test_a_finished_category_is_not_run_again(demo_fields, uninterrupted, tmp_path):
     fields = demo_fields | {"total_steps": 1, "category": "gravel"}
@@ -293,7 +290,6 @@ def finish(processes):
     return [process.returncode for process in processes], *zip(*outputs)
 
 
-@pytest.mark.xdist_group("runs")
 @pytest.mark.slow
 def test_two_processes_of_two_devices_make_the_run_of_one(demo_fields, uninterrupted, tmp_path):
     # One of the two is asked to stop: both agree on the step, save and exit.

@@ -20,7 +20,7 @@ from prn_jax.models.prn import create_model
 from tests import steps
 from tests.test_main import environment, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("scale")]
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 

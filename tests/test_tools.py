@@ -19,7 +19,6 @@ from prn_jax import experiment, export, predict, results
 from prn_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.xdist_group("tools")
 
 
 @pytest.fixture(scope="module")
