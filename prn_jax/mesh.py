@@ -70,7 +70,7 @@ def initialize(
             num_processes,
             process_id,
             initialization_timeout=timeout_s,
-            shutdown_timeout_seconds=20,  # how long one that fails alone waits for the others
+            shutdown_timeout_seconds=60,  # how long one that fails alone waits for the others
         )
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and not any(given) and not launched:

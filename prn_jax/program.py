@@ -49,6 +49,18 @@ def _guarded(main: Callable[[], None]) -> None:
         print(interruption, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from the last checkpoint")
+    finally:
+        _leave()
+
+
+def _leave() -> None:
+    """Parts from the other processes of a run, which end about now.
+
+    JAX would do so at the very end, when one may have been taken to pieces long before another.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def fail(message: str) -> None:
