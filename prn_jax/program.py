@@ -49,8 +49,7 @@ def _guarded(main: Callable[[], None]) -> None:
         print(interruption, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from the last checkpoint")
-    finally:
-        _leave()
+    _leave()
 
 
 def _leave() -> None:
@@ -67,6 +66,7 @@ def fail(message: str) -> None:
     """Prints one line and exits with status 1."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.unraisablehook = lambda _: None  # of objects that the exit cuts short
+    _leave()
     sys.exit(1)
 
 
