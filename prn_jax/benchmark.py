@@ -46,14 +46,9 @@ def measure_train(config: ConfigDict, mesh: Mesh, num_normal: int, trace: str = 
     """
     model, variables = _network(config, num_normal)
     optimizer = train.create_optimizer(config, 1000)
-    state = train.TrainState(
-        jnp.zeros((), jnp.int32),
-        variables["params"],
-        variables["batch_stats"],
-        jax.jit(optimizer.init)(variables["params"]),
-    )
+    variables = meshes.replicate(mesh, variables)
+    state = train.create_state(variables, optimizer, mesh)
     frozen = {name: variables[name] for name in ("backbone", "prototypes")}
-    state, frozen = meshes.replicate(mesh, state), meshes.replicate(mesh, frozen)
     batch = meshes.shard(mesh, _batch(config))
     step = train.make_train_step(config, model, optimizer, mesh)
     compiled, figures = _compile(step, state, frozen, batch)

@@ -113,15 +113,27 @@ def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
     )
 
 
+def create_state(
+    variables: dict[str, Tree], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first step, of `variables` that lie on every device of the mesh."""
+    return TrainState(
+        meshes.replicate(mesh, np.int32(0)),
+        variables["params"],
+        variables["batch_stats"],
+        meshes.replicate(mesh, jax.jit(optimizer.init)(variables["params"])),
+    )
+
+
 def fit_prototypes(
-    config: ConfigDict, model: PRN, backbone: Tree, images: np.ndarray, mesh: Mesh
+    config: ConfigDict, model: PRN, variables: Tree, images: np.ndarray, mesh: Mesh
 ) -> dict[str, jax.Array]:
     """Clusters the frozen feature maps of the normal images, each scale by itself.
 
     Args:
       config: see configs/default.py.
       model: the network.
-      backbone: the `backbone` and, for stage 4, `params` collections.
+      variables: the collections `backbone` and, for stage 4, `params`, on every device.
       images: normal training images, uint8 [n, h, w, 3], the same on every process.
       mesh: devices.
 
@@ -141,7 +153,7 @@ def fit_prototypes(
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         padded = np.concatenate([batch, np.zeros_like(images[:1]).repeat(size - len(batch), 0)])
-        maps = extract(backbone, meshes.shard_same(mesh, padded))
+        maps = extract(variables, meshes.shard_same(mesh, padded))
         batches.append([meshes.gather(x)[: len(batch)] for x in maps])
     key = jax.random.key(config.seed)
     result = {}
@@ -324,23 +336,14 @@ def _start(
         return state, {"backbone": network["backbone"], "prototypes": network["prototypes"]}
     variables = meshes.replicate(mesh, create_variables(config, model))
     began = time.monotonic()
-    encoder = {
-        "backbone": variables["backbone"],
-        "params": {"backbone": variables["params"].get("backbone", {})},
-    }
-    stored = fit_prototypes(config, model, encoder, normal_images, mesh)
+    stored = fit_prototypes(config, model, variables, normal_images, mesh)
     logging.info(
         "%d prototypes per scale from %d normal images in %.1f s",
         model.num_prototypes,
         len(normal_images),
         time.monotonic() - began,
     )
-    state = TrainState(
-        meshes.replicate(mesh, jnp.zeros((), jnp.int32)),
-        variables["params"],
-        variables["batch_stats"],
-        meshes.replicate(mesh, jax.jit(optimizer.init)(variables["params"])),
-    )
+    state = create_state(variables, optimizer, mesh)
     return state, {"backbone": variables["backbone"], "prototypes": stored}
 
 

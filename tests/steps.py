@@ -35,11 +35,7 @@ def fit_prototypes(config, data, mesh):
     """The `prototypes` collection, NumPy."""
     model = create_model(config, num_prototypes(len(data.train), config.prototypes.ratio))
     variables = meshes.replicate(mesh, train.create_variables(config, model))
-    encoder = {
-        "backbone": variables["backbone"],
-        "params": {"backbone": variables["params"]["backbone"]},
-    }
-    return jax.device_get(train.fit_prototypes(config, model, encoder, data.train.image, mesh))
+    return jax.device_get(train.fit_prototypes(config, model, variables, data.train.image, mesh))
 
 
 def make_batches(config, data):
@@ -73,12 +69,7 @@ def run(config, data, batches, mesh, prototypes, dtype=np.float32):
     variables = train.create_variables(config, model)
     variables = meshes.replicate(mesh, jax.tree.map(lambda x: x.astype(dtype), variables))
     optimizer = train.create_optimizer(config, config.total_steps)
-    state = train.TrainState(
-        meshes.replicate(mesh, np.int32(0)),
-        variables["params"],
-        variables["batch_stats"],
-        meshes.replicate(mesh, jax.jit(optimizer.init)(variables["params"])),
-    )
+    state = train.create_state(variables, optimizer, mesh)
     frozen = meshes.replicate(mesh, {"prototypes": prototypes}) | {
         "backbone": variables["backbone"]
     }

@@ -64,6 +64,37 @@ def assert_same(a, b, **tolerance):
 
 
 @pytest.mark.slow
+def test_eight_devices_make_the_step_of_one(images):
+    """Same parameters, same batch: same losses, batch statistics and updated parameters."""
+    config = small_config(batch_size=16)
+    batch = next(iter(make_batches(config)(0, 1)))
+    outcomes = []
+    for count in (1, 8):
+        mesh = meshes.create_mesh(jax.devices()[:count])
+        model = train.create_model(config, 2)
+        # Plain gradient descent: Adam's first step is the sign of the gradient, which rounding
+        # flips where the gradient is 0; nor would Adam show a gradient of a wrong scale.
+        optimizer = train.optax.sgd(1.0)
+        variables = train.create_variables(config, model)
+        before = variables["params"]
+        variables = meshes.replicate(mesh, variables)
+        stored = train.fit_prototypes(config, model, variables, images, mesh)
+        frozen = {"backbone": variables["backbone"], "prototypes": stored}
+        state = train.create_state(variables, optimizer, mesh)
+        step = train.make_train_step(config, model, optimizer, mesh)
+        state, values = step(state, frozen, meshes.shard(mesh, batch))
+        # With a rate of 1 the change of a parameter is its gradient.
+        gradient = jax.tree.map(lambda old, new: old - new, before, jax.device_get(state.params))
+        outcomes.append((*jax.device_get((stored, values, state.batch_stats)), gradient))
+    one, eight = outcomes
+    assert_same(one[0], eight[0], rtol=1e-4, atol=1e-5)
+    assert_same(one[1], eight[1], rtol=1e-5)
+    assert_same(one[2], eight[2], rtol=1e-4, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(one[3]), jax.tree.leaves(eight[3]), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-6
+
+
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, uninterrupted):
     class Stop(Exception):
         pass
