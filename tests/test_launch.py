@@ -1,7 +1,6 @@
 """The cluster scripts, with stand-ins for gcloud and Slurm that run everything on this machine."""
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.processes import ROOT
 
 # Notes each call; runs what `ssh` is to run in the home folder, as one of the workers would.
 GCLOUD = """#!/usr/bin/env bash

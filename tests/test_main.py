@@ -2,11 +2,9 @@
 
 import json
 import os
-import pathlib
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,9 +15,9 @@ import pytest
 from PIL import Image
 
 from prn_jax.checkpoints import Checkpoints
+from tests.processes import ROOT, environment, execute, finish, free_port, start
 from tests.trees import make_mvtec
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 12
 SMALL = {
     "image_size": 64,
@@ -39,17 +37,6 @@ def command(config, workdir, *arguments, **fields):
     overrides = [f"--config.{k}={v}" for k, v in (SMALL | fields).items()]
     program = [sys.executable, "launch/main.py", f"--config=configs/{config}.py"]
     return [*program, f"--workdir={workdir}", *overrides, *arguments]
-
-
-def environment(devices=1):
-    flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
-    return os.environ | {"XLA_FLAGS": flags, "HF_HUB_OFFLINE": "1"}
-
-
-def execute(arguments, devices=1):
-    return subprocess.run(
-        arguments, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300
-    )
 
 
 def final_variables(workdir, category="gravel"):
@@ -263,31 +250,18 @@ def test_a_finished_category_is_not_run_again(demo_fields, uninterrupted, tmp_pa
 # --- several processes and devices ----------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def start_two(config, workdir, **fields):
     """Two processes of one run, with two devices each."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
     return [
-        subprocess.Popen(
+        start(
             command(
                 config, workdir, coordinator, "--num_processes=2", f"--process_id={i}", **fields
             ),
-            cwd=ROOT, env=environment(devices=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
+            devices=2,
         )
         for i in range(2)
-    ]  # fmt: skip
-
-
-def finish(processes):
-    """Exit statuses, standard outputs and standard errors."""
-    outputs = [process.communicate(timeout=400) for process in processes]
-    return [process.returncode for process in processes], *zip(*outputs)
+    ]
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
-import pathlib
 import random
 import socket
-import subprocess
 import sys
 
 import jax
@@ -9,9 +7,8 @@ import pytest
 
 from prn_jax import mesh
 from prn_jax.errors import UserError
-from tests.test_main import environment
+from tests.processes import execute, finish, start
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 MEET = """
 from prn_jax import mesh
 mesh.initialize()
@@ -37,16 +34,10 @@ def open_mpi(number, job):
 @pytest.mark.parametrize("launcher", [slurm, open_mpi])
 def test_processes_find_each_other_by_what_the_launcher_sets(launcher):
     job = random.randrange(4096)  # of which the port follows
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEET], cwd=ROOT, env=environment() | launcher(number, job),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=60) for process in processes]
-    found = [text.splitlines()[-1:] for text, _ in outputs]
-    assert found == [["2 0 True"], ["2 1 True"]], outputs
+    processes = [start([sys.executable, "-c", MEET], **launcher(i, job)) for i in range(2)]
+    _, outputs, logs = finish(processes)
+    found = [text.splitlines()[-1:] for text in outputs]
+    assert found == [["2 0 True"], ["2 1 True"]], logs
 
 
 def test_a_launcher_that_says_too_little_is_one_line():
@@ -65,10 +56,7 @@ def test_a_tpu_without_a_cluster_is_used_alone():
 def meet(before="", **variables):
     """Joins what there is to join, in a process of its own."""
     code = MEET.replace("mesh.init", f"{before}\nmesh.init")
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment() | variables,
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    return execute([sys.executable, "-c", code], **variables)
 
 
 @pytest.mark.parametrize(

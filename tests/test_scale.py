@@ -5,8 +5,6 @@ by a hundredth. So that a run on eight devices computes what a run on one does i
 where rounding has not grown to anything after twenty steps: what differs then is a mistake.
 """
 
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -18,10 +16,9 @@ from prn_jax import input_pipeline
 from prn_jax import mesh as meshes
 from prn_jax.models.prn import create_model
 from tests import steps
-from tests.test_main import environment, free_port
+from tests.processes import finish, free_port, start
 
 pytestmark = pytest.mark.slow
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +86,13 @@ def test_twenty_steps_do_not_depend_on_the_hosts(records, prototypes, one, tmp_p
     maps = {name: variables["maps"] for name, variables in prototypes.items()}
     np.savez(tmp_path / "prototypes.npz", **maps)
     address = f"127.0.0.1:{free_port()}"
+    program = [sys.executable, "-m", "tests.steps", records, tmp_path / "prototypes.npz", address]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.steps", records, tmp_path / "prototypes.npz", address,
-             "2", str(number), tmp_path / "found.npz"],
-            cwd=ROOT, env=environment(devices=2), stderr=subprocess.PIPE, text=True,
-        )
+        start([*program, "2", str(number), tmp_path / "found.npz"], devices=2)
         for number in range(2)
-    ]  # fmt: skip
-    logs = [process.communicate(timeout=500)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], logs
+    ]
+    statuses, _, logs = finish(processes)
+    assert statuses == [0, 0], logs
     with np.load(tmp_path / "found.npz") as file:
         found = {name: file[name] for name in file.files}
     own = {name: {"maps": found.pop(name)} for name in prototypes}
