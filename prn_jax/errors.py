@@ -19,6 +19,6 @@ class Interrupted(Exception):
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path as it can be printed, in one line: what isn't text is escaped (`\\xe8`, `\\n`)."""
+    """A path as it can be printed: in one line, what isn't text being escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)

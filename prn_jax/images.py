@@ -9,20 +9,19 @@ decoded and encoded anew as an 8-bit RGB PNG.
 import dataclasses
 import functools
 import io
-import os
 import pathlib
 import sys
-from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from prn_jax.errors import UserError, shown
 
-# The files are the user's own, however large.
+# The files are the user's own, however large they and their metadata are.
 Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
-# What Pillow opens, but as the preview of a document, an icon, a film, or not without more software.
+# What Pillow opens, but as a preview of a document, an icon, a film, or only with more software.
 _NO_PICTURES = frozenset({
     "BUFR", "CUR", "EPS", "FLI", "GRIB", "HDF5", "ICNS", "ICO", "IPTC", "MPEG", "PCD", "PSD", "WMF",
 })  # fmt: skip
