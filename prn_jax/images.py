@@ -11,9 +11,11 @@ import functools
 import io
 import pathlib
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
+from scipy import ndimage, sparse
 
 from prn_jax.errors import UserError, shown
 
@@ -22,15 +24,17 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 # What Pillow opens, but as a preview of a document, an icon, a film, or only with more software.
-_NO_PICTURES = frozenset({
-    "BUFR", "CUR", "EPS", "FLI", "GRIB", "HDF5", "ICNS", "ICO", "IPTC", "MPEG", "PCD", "PSD", "WMF",
-})  # fmt: skip
+_NO_PICTURES = frozenset(
+    "BUFR CUR EPS FLI GRIB HDF5 ICNS ICO IPTC MPEG PCD PSD WMF".split()  # noqa: SIM905
+)
 # Files that operating systems and programs put among the images.
 _JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})
 
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of more than 8 bits of grey
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
-_MAX_SAMPLE_VALUE = 281  # TIFF's tag
+_SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)  # of a pixel's area, see `resize_mask`
+_NEIGHBOURS = np.ones((3, 3))
+_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # TIFF's tags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +89,16 @@ def why_skipped(path: pathlib.Path) -> str:
     return "" if path.is_file() or path.is_symlink() else "not a file but a device or a pipe"
 
 
-def find_images(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+def find_images(
+    folder: pathlib.Path, besides: Iterable[str] = ()
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
     """Finds all image files below a folder.
 
     Links to folders are followed, after the folders themselves, and none is read twice.
 
     Args:
       folder: where to look; where it does not exist both lists are empty.
+      besides: names of subfolders, right in `folder`, that are left out.
 
     Returns:
       The image files, and what was skipped: files that are none, hidden folders (as a whole), and
@@ -100,18 +107,20 @@ def find_images(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.
     Raises:
       UserError: a folder can't be read.
     """
-    found, skipped, read = [], [], set()
-    pending = [folder] if folder.is_dir() else []
+    if not folder.is_dir():
+        return [], []
+    # A link to a folder above would lead to what is none of this folder's.
+    read = {_identity(above) for above in folder.resolve().parents}
+    found, skipped, pending = [], [], [folder]
     links: list[pathlib.Path] = []
     while pending or links:
         path = pending.pop() if pending else links.pop(0)
         try:
-            status = path.stat()
-            if (status.st_dev, status.st_ino) in read:
+            if _identity(path) in read:
                 skipped.append(path)
                 continue
-            read.add((status.st_dev, status.st_ino))
-            entries = sorted(path.iterdir())
+            read.add(_identity(path))
+            entries = sorted(x for x in path.iterdir() if path != folder or x.name not in besides)
         except OSError as error:
             raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from error
         for entry in entries:
@@ -123,13 +132,18 @@ def find_images(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.
     return sorted(found), sorted(skipped)
 
 
+def _identity(folder: pathlib.Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
 def describe(paths: list[pathlib.Path], most: int = 5) -> str:
     """Counts and names what `find_images` skipped, with the reasons: one line."""
     reasons: dict[str, list[pathlib.Path]] = {}
     for path in paths:
-        # A folder is among the skipped ones because it was read already.
-        reason = why_skipped(path)
-        reasons.setdefault("read already" if reason == "a folder" else reason, []).append(path)
+        reason = why_skipped(path) or "out of place"
+        reason = "out of place or read already" if reason == "a folder" else reason
+        reasons.setdefault(reason, []).append(path)
     return "; ".join(
         f"{len(some)} {reason}: {', '.join(map(shown, some[:most]))}"
         f"{', ...' if len(some) > most else ''}"
@@ -154,6 +168,17 @@ def read_picture(path: pathlib.Path) -> Picture:
       UserError: the file is unreadable, truncated, or its pixels are out of range.
     """
     return _read(path, erase=False)
+
+
+def is_deep(path: pathlib.Path) -> bool:
+    """Whether an image file has more than 8 bits, by its header; False where it can't be read."""
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            if image.format == "PPM" and image.mode != "F":
+                return _ppm_maximum(image) > 255
+            return image.mode in _WIDE or ";16" in _raw_mode(image)
+    except Exception:  # Its reader says what is wrong.
+        return False
 
 
 def read_image(path: pathlib.Path, white: int = 0) -> tuple[bytes, tuple[int, int]]:
@@ -188,7 +213,10 @@ def read_array(path: pathlib.Path, white: int = 0) -> np.ndarray:
     Raises:
       UserError: as `read_picture`.
     """
-    return _rgb(to_uint8(read_picture(path).levels, white))
+    picture = read_picture(path)
+    if not white:  # It was trained on 8-bit images: better a guess than a black image.
+        white = white_level(max(picture.declared, int(picture.levels.max(initial=0))))
+    return _rgb(to_uint8(picture.levels, white))
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -292,13 +320,14 @@ def _pages(image: Image.Image) -> int:
 def _declared(data: bytes, image: Image.Image) -> int:
     """The highest level that the file says it may hold; 0 where it doesn't say."""
     if image.format == "PNG":
-        return max((2**bits - 1 for bits in _png_chunk(data, b"sBIT")), default=0)
-    if image.format == "TIFF":
-        bits = max(image.tag_v2.get(258, (1,)))
-        highest = image.tag_v2.get(_MAX_SAMPLE_VALUE, 0)
-        highest = max(highest) if isinstance(highest, tuple) else highest
-        return int(highest) or (2**bits - 1 if bits < 16 else 0)
-    return 0
+        highest = max((2**bits - 1 for bits in _png_chunk(data, b"sBIT")), default=0)
+    elif image.format == "TIFF":
+        values = image.tag_v2.get(_MAX_SAMPLE_VALUE, 0)
+        highest = int(max(values) if isinstance(values, tuple) else values)
+        highest = highest or 2 ** max(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))) - 1
+    else:
+        highest = 0
+    return highest if highest < 65535 else 0  # The type's own range says nothing.
 
 
 def _png_chunk(data: bytes, name: bytes) -> bytes:
@@ -315,7 +344,7 @@ def _png_chunk(data: bytes, name: bytes) -> bytes:
 
 def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
     """Decodes the first page to `[h, w]` or `[h, w, 3]`; `erase` blackens transparent pixels."""
-    if image.format == "PPM" and image.tile[0].codec_name != "pfm" and _ppm_maximum(image) > 255:
+    if image.format == "PPM" and image.mode != "F" and _ppm_maximum(image) > 255:
         return _ppm_levels(data, image)
     if ";16" in _raw_mode(image) and image.mode in ("RGB", "RGBA"):
         levels = _deep_colour(data, image)
@@ -416,7 +445,11 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Brings a mask to the network's size: marked where more than half of a pixel's area is.
+    """Brings a mask to the network's size.
+
+    Marked is where more than half of a pixel's area is. A region (8-connected) that this would
+    erase or break is marked where more than 0.4 of the area is, or 0.3, 0.2, 0.1: the first share
+    that keeps it in one piece. docs/datasets.md has what this does to real masks.
 
     Args:
       mask: `[h, w]`, anything but 0 is marked.
@@ -425,7 +458,30 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
       uint8 `[height, width]` in {0, 1}.
     """
-    share = Image.fromarray((mask != 0).astype(np.float32))
-    if mask.shape != tuple(size):
-        share = share.resize(size[::-1], Image.Resampling.BOX)
-    return (np.asarray(share) > 0.5).astype(np.uint8)
+    mask = mask != 0
+    if mask.shape == tuple(size) or not mask.any():
+        return mask.astype(np.uint8) if mask.any() else np.zeros(size, np.uint8)
+    small = _area(mask, size) > _SHARES[0]
+    regions, count = ndimage.label(mask, _NEIGHBOURS)
+    for number in range(1, count + 1):
+        share = _area(regions == number, size)
+        whole = (x for x in _SHARES if ndimage.label(share > x, _NEIGHBOURS)[1] == 1)
+        small |= share > next(whole, _SHARES[-1])
+    return small.astype(np.uint8)
+
+
+def _area(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The share of each pixel's area that is marked, float32 of `size`."""
+    rows, columns = (_cover(n, m) for n, m in zip(mask.shape, size))
+    return (columns @ (rows @ mask.astype(np.float32)).T).T
+
+
+@functools.lru_cache(maxsize=64)
+def _cover(source: int, target: int) -> sparse.csr_array:
+    """How much of each of `target` pixels in a row each of `source` pixels covers."""
+    edges = np.linspace(0, source, target + 1)
+    spans = [(y, x) for y in range(target) for x in range(int(edges[y]), -int(-edges[y + 1] // 1))]
+    y, x = np.array(spans).T
+    covered = np.minimum(edges[y + 1], x + 1) - np.maximum(edges[y], x)
+    values = (covered * target / source).astype(np.float32)
+    return sparse.csr_array((values, (y, x)), shape=(target, source))

@@ -174,7 +174,7 @@ class Demo(base.AnomalyBuilder, skip_registration=True):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=c) for c in ("gravel", "brick", "grass")]
 
     @classmethod
-    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
+    def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[base.Example]:
         raise AssertionError(f"the demo has no files to scan in {folder}")
 
     @classmethod

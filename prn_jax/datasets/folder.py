@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from prn_jax.datasets import base
+from prn_jax.datasets import base, layout
 from prn_jax.errors import UserError
 
 
@@ -51,9 +51,11 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         )
 
     @classmethod
-    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
-        return base.scan_folders(folder, normal=base.GOOD, suffixes=("_mask", ""))
+    def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[layout.Example]:
+        return layout.scan_folders(
+            folder, stray, normal=layout.GOOD, suffixes=("_mask", ""), needs_masks=False
+        )
 
 
 def _is_product(folder: pathlib.Path) -> bool:
-    return (folder / "train" / base.GOOD).is_dir()
+    return (folder / "train" / layout.GOOD).is_dir()
