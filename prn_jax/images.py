@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import io
 import pathlib
-import sys
 from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from scipy import ndimage, sparse
 
+from prn_jax import deep
 from prn_jax.errors import UserError, shown
 
 # The files are the user's own, however large they and their metadata are.
@@ -24,17 +24,17 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 # What Pillow opens, but as a preview of a document, an icon, a film, or only with more software.
-_NO_PICTURES = frozenset(
-    "BUFR CUR EPS FLI GRIB HDF5 ICNS ICO IPTC MPEG PCD PSD WMF".split()  # noqa: SIM905
+_NO_PICTURES = (
+    *("BUFR", "CUR", "EPS", "FLI", "GRIB", "HDF5", "ICNS", "ICO", "IPTC", "MPEG", "PCD", "PSD"),
+    "WMF",
 )
 # Files that operating systems and programs put among the images.
 _JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})
 
-_WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of more than 8 bits of grey
+
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
 _SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)  # of a pixel's area, see `resize_mask`
 _NEIGHBOURS = np.ones((3, 3))
-_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # TIFF's tags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +174,7 @@ def is_deep(path: pathlib.Path) -> bool:
     """Whether an image file has more than 8 bits, by its header; False where it can't be read."""
     try:
         with Image.open(path, formats=_formats()) as image:
-            if image.format == "PPM" and image.mode != "F":
-                return _ppm_maximum(image) > 255
-            return image.mode in _WIDE or ";16" in _raw_mode(image)
+            return deep.is_deep(image)
     except Exception:  # Its reader says what is wrong.
         return False
 
@@ -282,7 +280,9 @@ def _read(path: pathlib.Path, erase: bool) -> Picture:
             raise ValueError("the file is empty")
         image = Image.open(io.BytesIO(data), formats=_formats())
         levels = _levels(data, image, erase)
-        return Picture(levels, data, _is_plain(data, image), _pages(image), _declared(data, image))
+        return Picture(
+            levels, data, _is_plain(data, image), _pages(image), deep.declared(data, image)
+        )
     except MemoryError as error:
         raise UserError(f"{shown(path)}: does not fit into memory") from error
     except UserError as error:
@@ -317,43 +317,18 @@ def _pages(image: Image.Image) -> int:
     return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
-def _declared(data: bytes, image: Image.Image) -> int:
-    """The highest level that the file says it may hold; 0 where it doesn't say."""
-    if image.format == "PNG":
-        highest = max((2**bits - 1 for bits in _png_chunk(data, b"sBIT")), default=0)
-    elif image.format == "TIFF":
-        values = image.tag_v2.get(_MAX_SAMPLE_VALUE, 0)
-        highest = int(max(values) if isinstance(values, tuple) else values)
-        highest = highest or 2 ** max(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))) - 1
-    else:
-        highest = 0
-    return highest if highest < 65535 else 0  # The type's own range says nothing.
-
-
-def _png_chunk(data: bytes, name: bytes) -> bytes:
-    position = 8
-    while position + 8 <= len(data):
-        length, kind = int.from_bytes(data[position : position + 4]), data[position + 4 :][:4]
-        if kind == name:
-            return data[position + 8 : position + 8 + length]
-        if kind == b"IDAT":
-            break
-        position += length + 12
-    return b""
-
-
 def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
     """Decodes the first page to `[h, w]` or `[h, w, 3]`; `erase` blackens transparent pixels."""
-    if image.format == "PPM" and image.mode != "F" and _ppm_maximum(image) > 255:
-        return _ppm_levels(data, image)
-    if ";16" in _raw_mode(image) and image.mode in ("RGB", "RGBA"):
-        levels = _deep_colour(data, image)
+    if image.format == "PPM" and deep.is_deep(image):
+        return deep.ppm_levels(data, image)
+    if deep.is_deep(image) and image.mode in ("RGB", "RGBA"):
+        levels = deep.colour_levels(data, image)
         if levels.shape[-1] == 4 and erase:
             levels[levels[..., 3] == 0] = 0
         return levels[..., :3]
     image.load()  # Decodes everything: a truncated file shows only now.
     image = ImageOps.exif_transpose(image)
-    if image.mode in _WIDE:
+    if image.mode in deep.GREY:
         levels = np.asarray(image).astype(np.int64)
         if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
             raise UserError(
@@ -375,54 +350,6 @@ def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
         f"pixels of Pillow's mode {image.mode} do not fit 8 or 16 bits; save the file as 8-bit RGB "
         "or 16-bit grey"
     )
-
-
-def _raw_mode(image: Image.Image) -> str:
-    arguments = image.tile[0].args if image.tile else ""
-    return arguments if isinstance(arguments, str) else str((arguments or ("",))[0])
-
-
-def _deep_colour(data: bytes, image: Image.Image) -> np.ndarray:
-    """16-bit colour, uint16 `[h, w, 3 or 4]`, of which Pillow gives the high bytes only.
-
-    So it is decoded twice, the second time as if the bytes were the other way round.
-    """
-    native = "B" if sys.byteorder == "little" else "L"
-    other = {";16B": ";16L", ";16L": ";16B", ";16N": f";16{native}"}
-    high, low = image, Image.open(io.BytesIO(data), formats=_formats())
-    if _raw_mode(image) == "LA;16B":  # Bytes: grey's high and low, alpha's high and low.
-        image.tile = [tile._replace(args="RGBA") for tile in image.tile]
-        levels = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16)
-        grey, alpha = (levels[..., i] << 8 | levels[..., i + 1] for i in (0, 2))
-        return np.stack([grey, grey, grey, alpha], axis=-1)
-
-    def swapped(arguments):
-        if isinstance(arguments, str):
-            return arguments[:-4] + other[arguments[-4:]]
-        return (swapped(arguments[0]), *arguments[1:])
-
-    low.tile = [tile._replace(args=swapped(tile.args)) for tile in low.tile]
-    high, low = (np.asarray(ImageOps.exif_transpose(x)).astype(np.uint16) for x in (high, low))
-    return high << 8 | low
-
-
-def _ppm_maximum(image: Image.Image) -> int:
-    tile = image.tile[0]
-    if tile.codec_name == "raw":
-        return 65535 if ";16" in _raw_mode(image) else 255
-    return tile.args[-1]
-
-
-def _ppm_levels(data: bytes, image: Image.Image) -> np.ndarray:
-    """PGM and PPM of more than 8 bits, which Pillow would stretch, or cut to 8 bits."""
-    bands = 3 if image.mode == "RGB" else 1
-    count, offset = image.width * image.height * bands, image.tile[0].offset
-    if image.tile[0].codec_name == "ppm_plain":
-        levels = np.array(data[offset:].split()[:count], np.uint16)
-    else:
-        levels = np.frombuffer(data, ">u2", count, offset).astype(np.uint16)
-    shape = (image.height, image.width)
-    return levels.reshape(*shape, 3) if bands == 3 else levels.reshape(shape)
 
 
 # --- sizes ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where a category's images and masks lie: MVTec AD's layout, and what other layouts share with it."""
+"""Where images and masks lie: MVTec AD's layout, and what other layouts share with it."""
 
 import dataclasses
 import difflib
@@ -11,28 +11,9 @@ from prn_jax.errors import UserError, shown
 
 GOOD = "good"
 # What folders of normal images are called elsewhere, letters only.
-_NORMAL_NAMES = frozenset(
-    [
-        "good",
-        "goods",
-        "ok",
-        "okay",
-        "normal",
-        "normals",
-        "nominal",
-        "pass",
-        "passed",
-        "fine",
-        "nondefective",
-        "defectfree",
-        "nodefect",
-        "nodefects",
-        "faultfree",
-        "clean",
-        "negative",
-        "gut",
-        "io",
-    ]  # noqa: SIM905
+_NORMAL_NAMES = (
+    *("good", "goods", "ok", "okay", "normal", "normals", "nominal", "pass", "passed", "fine"),
+    *("nondefective", "defectfree", "nodefect", "nodefects", "faultfree", "clean", "negative"),
 )
 # What is put behind an image's name to name its mask.
 _MASK_WORD = re.compile(r"[-_. ]?(mask|gt|label|groundtruth|ground_truth|seg|annotation)$", re.I)
