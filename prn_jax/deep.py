@@ -27,7 +27,7 @@ def declared(data: bytes, image: Image.Image) -> int:
         highest = int(max(values) if isinstance(values, tuple) else values)
         highest = highest or 2 ** max(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))) - 1
     else:
-        highest = 0
+        highest = _ppm_maximum(image) if image.format == "PPM" and image.tile else 0
     return highest if highest < 65535 else 0  # The type's own range says nothing.
 
 

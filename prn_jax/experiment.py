@@ -18,7 +18,7 @@ from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints, as_dict, check_same
 from prn_jax.errors import UserError
-from prn_jax.metrics import evaluate_maps, evaluate_rankings, rank_images, rank_pixels
+from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 
 
 def train_and_evaluate(
@@ -162,7 +162,7 @@ def _run_category(
 
     def evaluate_during(step, model, variables):
         maps, scores = _predict(config, model, variables, data.test, mesh)
-        metrics = evaluate_maps(maps, data.test.mask, scores, data.test.label)
+        metrics = evaluate_rankings(*_rankings(data.test, maps, scores))
         writer(step, {f"test/{k}": v for k, v in metrics.items() if v is not None})
         logging.info("step %d: %s", step, _one_line(metrics))
 
@@ -182,7 +182,7 @@ def _run_category(
         checkpoints.close()
     began = time.monotonic()
     maps, scores = _predict(config, trained.model, trained.variables, data.test, mesh)
-    rankings = rank_images(scores, data.test.label), rank_pixels(maps, data.test.mask)
+    rankings = _rankings(data.test, maps, scores)
     metrics = evaluate_rankings(*rankings)
     thresholds = evaluate.thresholds(*rankings)
     if thresholds is None:
@@ -232,6 +232,12 @@ def _predict(config, model, variables, images, mesh):
         batch_size=config.eval_batch_size,
         score_pixels=config.score_pixels,
     )
+
+
+def _rankings(test, maps, scores):
+    """Of the images, and of the pixels of those whose mask is known."""
+    known = test.has_mask
+    return rank_images(scores, test.label), rank_pixels(maps[known], test.mask[known])
 
 
 def _test_table(test, scores: np.ndarray) -> list[dict[str, Any]]:
