@@ -160,7 +160,7 @@ def test_textures_come_from_a_folder_searched_recursively(tmp_path):
     assert found[1, 0, 0].tolist() == [0, 255, 0]
     assert len(textures.load_textures(str(tmp_path), (16, 24), 2, data_dir="")) == 2
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="broken.png cannot be read"):
+    with pytest.raises(UserError, match="broken.png: not a readable image"):
         textures.load_textures(str(tmp_path), (16, 24), 10, data_dir="")
 
 
