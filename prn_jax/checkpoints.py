@@ -1,12 +1,12 @@
 """Checkpoints: saved by Orbax in the background; one is everything that prediction needs.
 
 A checkpoint has three items: `model` (params, batch_stats, backbone, prototypes), `optimizer`
-(its state and the step) and `config` (JSON). Orbax writes each under a temporary name and renames
-it when it is complete, so a process killed while saving leaves the previous checkpoint whole.
+(its state and the step) and `config` (JSON: what the run is made of, see identity.py). Orbax writes
+each under a temporary name and renames it when it is complete, so a process killed while saving
+leaves the previous checkpoint whole.
 """
 
 import contextlib
-import json
 import pathlib
 import re
 import shutil
@@ -16,27 +16,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
 from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
+from prn_jax.identity import Identity
 
 Tree = Any
-
-# Fields that may change between a run and its continuation: they say where things are, how often
-# something is written, or how evaluation is cut into batches, and change no parameter.
-FREE_FIELDS = (
-    "category",
-    "checkpoint",
-    "data.data_dir",
-    "data.manual_dir",
-    "epochs",
-    "eval_batch_size",
-    "eval_every",
-    "log_every",
-    "score_pixels",
-    "total_steps",
-)
 
 
 class Checkpoints:
@@ -70,7 +55,7 @@ class Checkpoints:
         """Steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, model: Tree, optimizer: Tree, config: dict) -> None:
+    def save(self, step: int, model: Tree, optimizer: Tree, identity: Identity) -> None:
         """Starts to save; returns when the arrays are copied from the device.
 
         Raises:
@@ -81,7 +66,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(model),
             optimizer=ocp.args.StandardSave(optimizer),
-            config=ocp.args.JsonSave(config),
+            config=ocp.args.JsonSave(identity.as_json()),
         )
         with _writable(self.folder):
             self._manager.save(step, args=items)
@@ -124,12 +109,11 @@ class Checkpoints:
         items = ocp.args.Composite(model=ocp.args.StandardRestore(abstract, fallback_sharding=here))
         return self._manager.restore(step, args=items).model
 
-    def config(self, step: int | None = None) -> dict:
-        """The configuration that a checkpoint was made with."""
+    def identity(self, step: int | None = None) -> Identity:
+        """What a checkpoint (the newest by default) was made of."""
         items = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return self._manager.restore(
-            self.latest_step() if step is None else step, args=items
-        ).config
+        step = self.latest_step() if step is None else step
+        return Identity.from_json(self._manager.restore(step, args=items).config)
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk."""
@@ -140,41 +124,6 @@ class Checkpoints:
         """Waits and frees the background threads."""
         with _writable(self.folder):
             self._manager.close()
-
-
-def as_dict(config: ConfigDict) -> dict:
-    """A configuration as plain JSON types."""
-    return json.loads(config.to_json())
-
-
-def check_same(saved: dict, config: dict, where: str) -> None:
-    """Refuses to go on where a field that matters has changed.
-
-    Raises:
-      UserError: naming the fields, their old and their new values.
-    """
-    old, new = _flatten(saved), _flatten(config)
-    changed = [
-        f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, "absent") != new.get(name, "absent")
-        and not any(name == free or name.startswith(free + ".") for free in FREE_FIELDS)
-    ]
-    if changed:
-        raise UserError(
-            f"{where} was made with another configuration ({'; '.join(changed)}): give another "
-            "--workdir, set the field back, or pass --allow_config_change"
-        )
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 @contextlib.contextmanager

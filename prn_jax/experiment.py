@@ -1,5 +1,6 @@
 """A run: for each category load the data, train, evaluate, write the results."""
 
+import dataclasses
 import os
 import pathlib
 import time
@@ -16,8 +17,9 @@ from ml_collections import ConfigDict
 from prn_jax import evaluate, results
 from prn_jax import mesh as meshes
 from prn_jax import train as training
-from prn_jax.checkpoints import Checkpoints, as_dict, check_same
+from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import UserError
+from prn_jax.identity import Identity, as_dict
 from prn_jax.metrics import evaluate_maps, evaluate_rankings, rank_images, rank_pixels
 
 
@@ -126,7 +128,9 @@ def _run_category(
     if (folder / "results.json").exists():
         run = results.read_run(folder)
         if not allow_config_change:
-            check_same(run["config"], as_dict(config), f"the finished run in {folder}")
+            saved = Identity.from_json(run.get("identity") or run["config"])
+            now = dataclasses.replace(saved, config=as_dict(config))
+            saved.check(now, f"the finished run in {folder}")
         logging.info("%s: finished before, see %s", config.category, folder / "results.md")
         return run["metrics"]
 
@@ -166,6 +170,15 @@ def _run_category(
         writer(step, {f"test/{k}": v for k, v in metrics.items() if v is not None})
         logging.info("step %d: %s", step, _one_line(metrics))
 
+    identity = Identity(
+        config.data.name,
+        config.category,
+        getattr(data, "fingerprint", ""),
+        tuple(data.seen.id),
+        training.total_steps(config, len(data.train)),
+        getattr(data, "white_level", 0),
+        as_dict(config),
+    )
     try:
         trained = training.train(
             config,
@@ -173,6 +186,7 @@ def _run_category(
             make_batches,
             checkpoints,
             mesh,
+            identity,
             write_scalars=writer,
             evaluate=evaluate_during,
             allow_config_change=allow_config_change,
@@ -206,6 +220,7 @@ def _run_category(
             "split": {"seed": config.split_seed, "seen": list(data.seen.id)},
             "test": _test_table(data.test, scores),
             "config": as_dict(config),
+            "identity": identity.as_json(),
             "seed": config.seed,
             "provenance": results.provenance(),
             "timing": timing,

@@ -21,8 +21,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from prn_jax import results
-from prn_jax.checkpoints import as_dict, check_same
 from prn_jax.errors import Interrupted, UserError
+from prn_jax.identity import Identity, as_dict
 
 _MAIN = pathlib.Path(__file__).resolve().parent.parent / "launch" / "main.py"
 # The paper states these two; its PRO and AP per category are second-hand.
@@ -62,7 +62,9 @@ class StudyRun:
         if not (self.folder / "results.json").exists():
             return False
         run = results.read_run(self.folder)
-        check_same(run["config"], as_dict(self.config), f"the finished run in {self.folder}")
+        saved = Identity.from_json(run.get("identity") or run["config"])
+        now = dataclasses.replace(saved, config=as_dict(self.config))
+        saved.check(now, f"the finished run in {self.folder}")
         return True
 
 

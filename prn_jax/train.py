@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from prn_jax import losses, pretrained
 from prn_jax import mesh as meshes
-from prn_jax.checkpoints import Checkpoints, as_dict, check_same
+from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import Interrupted, UserError
+from prn_jax.identity import Identity
 from prn_jax.models.prn import PRN, SCALES, create_model
 from prn_jax.models.prototypes import k_means, num_prototypes
 
@@ -238,6 +239,7 @@ def train(
     make_batches: Callable[[int, int], Iterable[dict[str, np.ndarray]]],
     checkpoints: Checkpoints,
     mesh: Mesh,
+    identity: Identity,
     *,
     write_scalars: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int, PRN, dict[str, Tree]], None] | None = None,
@@ -251,6 +253,7 @@ def train(
       make_batches: `(start_step, steps) -> batches` of this process, from `start_step` on.
       checkpoints: where the run is saved and resumed from.
       mesh: devices.
+      identity: what the run is made of; its `steps` say how long the training is.
       write_scalars: receives the losses of a log step.
       evaluate: called with the step and the network every `config.eval_every` steps.
       allow_config_change: go on although the checkpoint's configuration differs.
@@ -260,20 +263,19 @@ def train(
       Interrupted: after SIGTERM, when the run is saved.
     """
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
-    steps = total_steps(config, len(normal_images))
+    steps = identity.steps
     model = create_model(config, num_prototypes(len(normal_images), config.prototypes.ratio))
     optimizer = create_optimizer(config, steps)
     state, frozen = _start(
-        config, steps, model, optimizer, normal_images, checkpoints, mesh, allow_config_change
+        config, identity, model, optimizer, normal_images, checkpoints, mesh, allow_config_change
     )
     train_step = make_train_step(config, model, optimizer, mesh)
     start = int(state.step)
-    saved_config = as_dict(config) | {"steps": steps}
 
     def save(step: int) -> None:
         network = {"params": state.params, "batch_stats": state.batch_stats, **frozen}
         optimizer_state = {"step": state.step, "opt_state": state.opt_state}
-        checkpoints.save(step, network, optimizer_state, saved_config)
+        checkpoints.save(step, network, optimizer_state, identity)
 
     progress = _Progress(config, start, steps, create_schedule(config, steps), write_scalars)
     last_save = time.monotonic()
@@ -315,18 +317,17 @@ def _due(step: int, every: int) -> bool:
 
 
 def _start(
-    config, steps, model, optimizer, normal_images, checkpoints, mesh, allow_config_change
+    config, identity, model, optimizer, normal_images, checkpoints, mesh, allow_config_change
 ) -> tuple[TrainState, Tree]:
     """The newest checkpoint's state, or a fresh one with its prototypes."""
     resumed_from = checkpoints.latest_step()
     if resumed_from is not None:
-        saved = checkpoints.config()
         if not allow_config_change:
             where = f"the checkpoint of step {resumed_from} in {checkpoints.folder}"
-            check_same(saved, as_dict(config) | {"steps": steps}, where)
+            checkpoints.identity().check(identity, where)
         network, optimizer_state = _abstract(config, model, optimizer, mesh)
         network, optimizer_state = checkpoints.restore(network, optimizer_state)
-        logging.info("resumed from step %d of %d", resumed_from, steps)
+        logging.info("resumed from step %d of %d", resumed_from, identity.steps)
         state = TrainState(
             optimizer_state["step"],
             network["params"],

@@ -11,8 +11,8 @@ import pytest
 
 from configs import mvtec
 from prn_jax import experiment, results, study
-from prn_jax.checkpoints import as_dict
 from prn_jax.errors import UserError
+from prn_jax.identity import as_dict
 
 CATEGORIES, SEEDS = ("bottle", "metal_nut"), (0, 2)
 
