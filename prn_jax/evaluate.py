@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from prn_jax import mesh as meshes
-from prn_jax import metrics
 from prn_jax.models.prn import PRN
 
 Tree = Any
@@ -107,30 +106,3 @@ def predict(
                     if start + size < len(images):
                         break
     return maps, scores
-
-
-def thresholds(images: metrics.Ranking, pixels: metrics.Ranking) -> dict[str, float] | None:
-    """From which score an image, and from which value a pixel, is called anomalous.
-
-    Args:
-      images: ranking of the test split's images.
-      pixels: of its pixels.
-
-    Returns:
-      `image` and `pixel`, each where F1 is highest; None where the test split holds one class only.
-    """
-    best = metrics.f1_max(images), metrics.f1_max(pixels)
-    if None in best:
-        return None
-    return {"image": best[0][1], "pixel": best[1][1], "source": "F1-max on the test split"}
-
-
-def thresholds_from_normals(maps: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """The least thresholds that call none of these normal images, and no pixel of them, anomalous.
-
-    Args:
-      maps: float32 [n, h, w].
-      scores: float32 [n].
-    """
-    image, pixel = (float(np.nextafter(x.max(), np.float32(np.inf))) for x in (scores, maps))
-    return {"image": image, "pixel": pixel, "source": "above all normal images"}

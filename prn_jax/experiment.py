@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prn_jax import evaluate, results
+from prn_jax import evaluate, results, thresholds
 from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints, as_dict, check_same
@@ -184,14 +184,13 @@ def _run_category(
     maps, scores = _predict(config, trained.model, trained.variables, data.test, mesh)
     rankings = rank_images(scores, data.test.label), rank_pixels(maps, data.test.mask)
     metrics = evaluate_rankings(*rankings)
-    thresholds = evaluate.thresholds(*rankings)
-    if thresholds is None:
-        # There are no defects to weigh against, perhaps nothing to test on at all.
-        normal = data.test.select(data.test.label == 0)
-        normal = normal if len(normal) else data.train
-        thresholds = evaluate.thresholds_from_normals(
-            *_predict(config, trained.model, trained.variables, normal, mesh)
-        )
+    chosen = thresholds.choose(
+        scores,
+        data.test.label,
+        maps,
+        data.test.mask,
+        trained_on=lambda: _predict(config, trained.model, trained.variables, data.train, mesh),
+    )
     timing = trained.timing | {
         "load_seconds": load_seconds,
         "evaluate_seconds": time.monotonic() - began,
@@ -201,7 +200,7 @@ def _run_category(
             "category": config.category,
             "dataset": config.data.name,
             "metrics": metrics,
-            "thresholds": thresholds,
+            "thresholds": chosen,
             "steps": trained.step,
             "split": {"seed": config.split_seed, "seen": list(data.seen.id)},
             "test": _test_table(data.test, scores),
@@ -214,7 +213,7 @@ def _run_category(
         if len(data.test):
             _write_pictures(folder, data.test, maps, scores)
         # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
-        results.write_thresholds(checkpoints.folder, trained.step, thresholds)
+        results.write_thresholds(checkpoints.folder, trained.step, chosen)
         results.write_predictions(folder, data.test.image, data.test.mask, maps)
         results.write_run(folder, run)
         logging.info("%s: %s", config.category, _one_line(metrics))
