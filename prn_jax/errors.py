@@ -1,4 +1,6 @@
-"""The exceptions that programs turn into one line."""
+"""The exceptions that programs turn into one line, and how paths are written in it."""
+
+import os
 
 
 class UserError(Exception):
@@ -14,3 +16,9 @@ class Interrupted(Exception):
 
     Programs in `launch/` print the message and exit with status 0.
     """
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as it can be printed: in one line, what isn't text being escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
