@@ -1,7 +1,5 @@
 """A run: for each category load the data, train, evaluate, write the results."""
 
-import os
-import pathlib
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -51,7 +49,7 @@ def train_and_evaluate(
         raise UserError(
             f"cannot write to --workdir={workdir}: {error.strerror or error}"
         ) from error
-    _cache_compilations()
+    meshes.cache_compilations()
     mesh = meshes.create_mesh()
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
     names = categories(config)
@@ -256,14 +254,6 @@ def _one_line(metrics: dict[str, float | None]) -> str:
 
 def _count(params: Any) -> int:
     return int(sum(x.size for x in jax.tree.leaves(params)))
-
-
-def _cache_compilations() -> None:
-    """Keeps compiled programs, so that a resumed run starts at once."""
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        folder = pathlib.Path(base).expanduser() / "prn_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class _ScalarWriter:
