@@ -1,8 +1,6 @@
 """A run: for each category load the data, train, evaluate, write the results."""
 
 import dataclasses
-import os
-import pathlib
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prn_jax import evaluate, results
+from prn_jax import evaluate, results, thresholds
 from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints
@@ -53,7 +51,7 @@ def train_and_evaluate(
         raise UserError(
             f"cannot write to --workdir={workdir}: {error.strerror or error}"
         ) from error
-    _cache_compilations()
+    meshes.cache_compilations()
     mesh = meshes.create_mesh()
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
     names = categories(config)
@@ -198,14 +196,13 @@ def _run_category(
     maps, scores = _predict(config, trained.model, trained.variables, data.test, mesh)
     rankings = rank_images(scores, data.test.label), rank_pixels(maps, data.test.mask)
     metrics = evaluate_rankings(*rankings)
-    thresholds = evaluate.thresholds(*rankings)
-    if thresholds is None:
-        # There are no defects to weigh against, perhaps nothing to test on at all.
-        normal = data.test.select(data.test.label == 0)
-        normal = normal if len(normal) else data.train
-        thresholds = evaluate.thresholds_from_normals(
-            *_predict(config, trained.model, trained.variables, normal, mesh)
-        )
+    chosen = thresholds.choose(
+        scores,
+        data.test.label,
+        maps,
+        data.test.mask,
+        trained_on=lambda: _predict(config, trained.model, trained.variables, data.train, mesh),
+    )
     timing = trained.timing | {
         "load_seconds": load_seconds,
         "evaluate_seconds": time.monotonic() - began,
@@ -215,7 +212,7 @@ def _run_category(
             "category": config.category,
             "dataset": config.data.name,
             "metrics": metrics,
-            "thresholds": thresholds,
+            "thresholds": chosen,
             "steps": trained.step,
             "split": {"seed": config.split_seed, "seen": list(data.seen.id)},
             "test": _test_table(data.test, scores),
@@ -229,7 +226,7 @@ def _run_category(
         if len(data.test):
             _write_pictures(folder, data.test, maps, scores)
         # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
-        results.write_thresholds(checkpoints.folder, trained.step, thresholds)
+        results.write_thresholds(checkpoints.folder, trained.step, chosen)
         results.write_predictions(folder, data.test.image, data.test.mask, maps)
         results.write_run(folder, run)
         logging.info("%s: %s", config.category, _one_line(metrics))
@@ -272,14 +269,6 @@ def _one_line(metrics: dict[str, float | None]) -> str:
 
 def _count(params: Any) -> int:
     return int(sum(x.size for x in jax.tree.leaves(params)))
-
-
-def _cache_compilations() -> None:
-    """Keeps compiled programs, so that a resumed run starts at once."""
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        folder = pathlib.Path(base).expanduser() / "prn_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class _ScalarWriter:

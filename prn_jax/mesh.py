@@ -125,6 +125,14 @@ def _has_tpu() -> bool:
     return has_chip and importlib.util.find_spec("libtpu") is not None
 
 
+def cache_compilations() -> None:
+    """Keeps compiled programs on disk, so that the next process of their kind starts at once."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        folder = pathlib.Path(base).expanduser() / "prn_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """All devices of all hosts (or the given ones) along the axis `data`."""
     return Mesh(np.array(jax.devices() if devices is None else devices), ("data",))

@@ -74,7 +74,7 @@ def write_run(folder: epath.PathLike, run: dict[str, Any]) -> None:
     write_file(epath.Path(folder) / "results.json", _as_json(run))
 
 
-def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, float | str]) -> None:
+def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, Any]) -> None:
     """Writes `thresholds.json` into the folder of the checkpoints, for the one of `step`."""
     write_file(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
 
