@@ -7,6 +7,8 @@ leaves the previous checkpoint whole.
 """
 
 import contextlib
+import glob
+import os
 import pathlib
 import re
 import shutil
@@ -18,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from prn_jax import mesh as meshes
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, is_plain, shown
 from prn_jax.identity import Identity
 
 Tree = Any
@@ -34,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 2, read_only: bool = False):
-        self.folder = epath.Path(folder)
+        self.folder = _GlobProof(folder) if "://" not in str(folder) else epath.Path(folder)
         with _writable(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -87,14 +89,23 @@ class Checkpoints:
 
         The given leaves, arrays or `jax.ShapeDtypeStruct`s with a sharding, say where each array
         is to lie.
+
+        Raises:
+          UserError: the checkpoint's arrays are others, or cannot be read.
         """
-        restored = self._manager.restore(
-            self.latest_step() if step is None else step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model),
-                optimizer=ocp.args.StandardRestore(optimizer),
-            ),
+        step = self.latest_step() if step is None else step
+        items = ocp.args.Composite(
+            model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer)
         )
+        try:
+            restored = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            folder = self.folder / str(step)
+            raise UserError(
+                f"{shown(folder)} is damaged or of another network than the configuration's: set "
+                "its fields back, give another --workdir, or remove this folder to go on from the "
+                "checkpoint before it"
+            ) from error
         return restored.model, restored.optimizer
 
     def restore_model(self, step: int | None = None) -> Tree:
@@ -115,6 +126,13 @@ class Checkpoints:
         step = self.latest_step() if step is None else step
         return Identity.from_json(self._manager.restore(step, args=items).config)
 
+    def num_prototypes(self) -> int | None:
+        """Prototypes per scale of the newest checkpoint, None without one."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        return self._manager.item_metadata(step).model["prototypes"]["scale_0"]["maps"].shape[0]
+
     def wait(self) -> None:
         """Waits until what is being saved is on disk."""
         with _writable(self.folder):
@@ -124,6 +142,30 @@ class Checkpoints:
         """Waits and frees the background threads."""
         with _writable(self.folder):
             self._manager.close()
+
+
+def check_name(folder: str | os.PathLike) -> None:
+    """Refuses a folder whose name TensorStore does not take as it is, before anything is computed.
+
+    Raises:
+      UserError: naming it.
+    """
+    if not is_plain(os.fspath(folder)):
+        raise UserError(
+            f"no checkpoint can be written to {shown(folder)}: its name holds a backslash, a "
+            "control character or bytes that are not UTF-8; rename the folder, or give another "
+            "--workdir"
+        )
+
+
+class _GlobProof(type(epath.Path("/"))):
+    """A local path below which Orbax finds its files, whatever the folders are called.
+
+    etils takes `[2]` in the name of a folder for a part of the pattern.
+    """
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return (self / found for found in glob.glob(pattern, root_dir=os.fspath(self)))
 
 
 @contextlib.contextmanager
@@ -143,6 +185,6 @@ def _writable(folder: epath.Path) -> Iterator[None]:
 
 def _unwritable(folder: epath.Path, reason: str) -> UserError:
     return UserError(
-        f"cannot write checkpoints to {folder}: {reason}; "
+        f"cannot write checkpoints to {shown(folder)}: {reason}; "
         "free some space or give another --workdir (earlier checkpoints are kept)"
     )

@@ -23,3 +23,8 @@ def shown(path: str | os.PathLike) -> str:
     """A path as it can be printed: in one line, what isn't text being escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
+def is_plain(name: str) -> bool:
+    """Whether every library and table takes a name as it is: UTF-8 text, in one line."""
+    return not any(c == "\\" or c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in name)
