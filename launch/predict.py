@@ -42,7 +42,7 @@ def main(patterns: list[str]) -> None:
     from absl import logging
     from tqdm import tqdm
 
-    from prn_jax import predict, results
+    from prn_jax import predict, results, thresholds
     from prn_jax.errors import UserError
 
     names = _find(patterns)
@@ -55,7 +55,7 @@ def main(patterns: list[str]) -> None:
     threshold = THRESHOLD.value
     if threshold is None and detector.thresholds:
         threshold = detector.thresholds["image"]
-        logging.info("threshold %.4f (%s)", threshold, detector.thresholds["source"])
+        logging.info("threshold %.4f (%s)", threshold, thresholds.describe(detector.thresholds))
     elif threshold is None:
         logging.warning("the checkpoint has no threshold: no verdicts; give --threshold")
     rows, began = [], time.monotonic()

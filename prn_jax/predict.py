@@ -105,7 +105,7 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
         step = steps[-1] if step is None else step
         if step not in steps:
             raise UserError(f"no checkpoint of step {step} in {folder}: there are {steps}")
-        config = ConfigDict(checkpoints.config(step))
+        config = ConfigDict(checkpoints.identity(step).config)
         network = checkpoints.restore_model(step)
     finally:
         checkpoints.close()

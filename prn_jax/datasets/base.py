@@ -14,6 +14,7 @@ in the splits `train` and `test`, ordered by id. A split without images is absen
 import abc
 import collections
 import contextlib
+import functools
 import hashlib
 import io
 import logging as std_logging
@@ -29,7 +30,7 @@ from etils import epath
 
 from prn_jax import images
 from prn_jax.datasets.layout import GOOD, Example
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, is_plain, shown
 
 _TAIL = 4096  # bytes
 # A mask that marks more of its image is taken for inverted (MVTec's largest, transistor: 0.494).
@@ -94,6 +95,8 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             return {name: path for name, path in found.items() if (path / cls.marker).is_dir()}
 
         root = pathlib.Path(manual_dir).expanduser()
+        if not os.fspath(manual_dir):  # not the current folder: there are none
+            return {}
         if found := look(root):
             return found
         below = [look(folder) for folder in (root.iterdir() if root.is_dir() else ())]
@@ -115,25 +118,100 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Returns the error of a category that is not on disk."""
         root = pathlib.Path(manual_dir).expanduser()
         expected = cls._category_folder(root, category) / cls.marker
+        return cls._where_from(f"{cls.name}/{category}: no folder {shown(expected)}")
+
+    @classmethod
+    def nothing_found(cls, manual_dir: str | os.PathLike) -> UserError:
+        """Returns the error where no category at all is on disk."""
+        root = pathlib.Path(manual_dir).expanduser()
+        looked = [f"{cls._category_folder(pathlib.Path(), x) / cls.marker}" for x in cls.counts]
+        looked = f"{looked[0]} to {looked[-1]}" if len(looked) > 1 else looked[0]
+        if not root.is_dir():
+            return cls._where_from(f"{cls.name}: no folder {shown(root)} (data.manual_dir)")
+        return cls._where_from(
+            f"{cls.name}: none of the folders {looked} is in {shown(root)} (data.manual_dir), or "
+            "in exactly one folder of it"
+        )
+
+    @classmethod
+    def _where_from(cls, problem: str) -> UserError:
         return UserError(
-            f"{cls.name}/{category}: no folder {expected}; download {cls.title} "
-            f"({cls.licence}) from {cls.page}, unpack it and set data.manual_dir to the folder "
-            "that it unpacks to"
+            f"{problem}; download {cls.title} ({cls.licence}) from {cls.page}, unpack it and set "
+            "data.manual_dir to the folder that it unpacks to"
         )
 
     @classmethod
     def prepared(cls, data_dir: str | os.PathLike) -> set[str]:
         """Returns the categories that have TFRecords."""
-        folder = epath.Path(os.path.expanduser(data_dir)) / cls.name
-        version = str(cls.VERSION)
-        return {p.parent.parent.name for p in folder.glob(f"*/{version}/dataset_info.json")}
+        return {category for category, _ in cls._records(data_dir)}
 
     @classmethod
-    def open(cls, category: str, data_dir: str | os.PathLike) -> "AnomalyBuilder":
+    def _records(cls, data_dir: str | os.PathLike) -> list[tuple[str, str]]:
+        """Returns each category that has TFRecords, with the name of its folder."""
+        root = epath.Path(os.path.expanduser(data_dir)) / cls.name
+        # No glob: etils takes `[2]` in the name of a folder for a part of the pattern.
+        names = [folder.name for folder in (root.iterdir() if root.is_dir() else ())]
+        version = str(cls.VERSION)
+        names = [x for x in sorted(names) if (root / x / version / "dataset_info.json").exists()]
+        return [(cls._category_of(root / name / version), name) for name in names]
+
+    @classmethod
+    def _category_of(cls, folder: epath.Path) -> str:
+        """Returns whose TFRecords are in `<data_dir>/<data set>/<name>/<version>`."""
+        return folder.parent.name
+
+    @classmethod
+    def _records_name(
+        cls, category: str, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
+    ) -> str:
+        """Returns the name of the folder that a category's TFRecords are in, or would be."""
+        del manual_dir, data_dir
+        return category
+
+    @property
+    def category(self) -> str:
+        """The category's name."""
+        return self.builder_config.description or self.builder_config.name
+
+    @classmethod
+    def open(
+        cls, category: str, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
+    ) -> "AnomalyBuilder":
         """Returns the builder of a category, prepared or not."""
         config = next((c for c in cls.BUILDER_CONFIGS if c.name == category), None)
-        config = config or tfds.core.BuilderConfig(name=category)
+        name = cls._records_name(category, manual_dir, data_dir)
+        config = config or tfds.core.BuilderConfig(name=name, description=category)
         return cls(config=config, data_dir=os.path.expanduser(data_dir))
+
+    @classmethod
+    def find(
+        cls, category: str, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
+    ) -> tuple["AnomalyBuilder", pathlib.Path | None, str]:
+        """Finds a category, raw or as TFRecords.
+
+        Returns:
+          Its builder, prepared or not; the folder of its raw files, None where they are gone; and
+          the fingerprint of those, or of the TFRecords where they are gone.
+
+        Raises:
+          UserError: neither raw files nor TFRecords, or a raw file is wrong.
+        """
+        if not is_plain(category):
+            raise UserError(
+                f"{cls.name}: the category {shown(category)} has a backslash, a control character "
+                "or bytes that are not UTF-8 in its name; rename its folder"
+            )
+        builder = cls.open(category, manual_dir, data_dir)
+        source = cls.sources(manual_dir).get(category)
+        if source is not None:
+            return builder, source, cls._source_fingerprint(source)
+        if builder.fingerprint is None:
+            raise cls._missing(manual_dir, category)
+        _say_once(
+            f"{cls.name}/{category}: no raw files in {shown(manual_dir) or repr('')} "
+            f"(data.manual_dir), using the TFRecords in {shown(builder.data_dir)}"
+        )
+        return builder, None, builder.fingerprint
 
     @classmethod
     def prepare(
@@ -147,30 +225,23 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         Raises:
           UserError: neither raw files nor TFRecords, or a raw file is wrong.
         """
-        builder = cls.open(category, data_dir)
-        recorded = builder.fingerprint
-        source = cls.sources(manual_dir).get(category)
-        if source is None and recorded is None:
-            raise cls._missing(manual_dir, category)
-        if source is None:
-            logging.info("%s/%s: no raw files, using %s", cls.name, category, builder.data_dir)
-            return builder
-        current = cls._source_fingerprint(source)
-        if recorded == current:
+        builder, source, current = cls.find(category, manual_dir, data_dir)
+        if source is None or builder.fingerprint == current:
             return builder
         if builder.data_path.exists():
             logging.info("%s/%s: the raw files changed, rewriting", cls.name, category)
             builder.data_path.rmtree(missing_ok=True)
-            builder = cls.open(category, data_dir)
+            builder = cls.open(category, manual_dir, data_dir)
         failure = None
         try:
+            builder.info.metadata.update(category=category, source=os.path.abspath(source))
             builder._write(manual_dir)
         except (OSError, RuntimeError) as error:  # TFDS wraps TensorFlow's own
             failure = str(error).splitlines()[0]
         # What is there counts: another process that prepares the category may have been first.
-        builder = cls.open(category, data_dir)
+        builder = cls.open(category, manual_dir, data_dir)
         if builder.fingerprint != current:
-            raise UserError(f"cannot write {builder.data_dir} (data.data_dir): {failure}")
+            raise UserError(f"cannot write {shown(builder.data_dir)} (data.data_dir): {failure}")
         return builder
 
     @classmethod
@@ -228,7 +299,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        category = self.builder_config.name
+        category = self.category
         source = self.sources(dl_manager.manual_dir).get(category)
         if source is None:
             raise self._missing(dl_manager.manual_dir, category)
@@ -311,7 +382,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @property
     def _title(self) -> str:
-        return f"{self.name}/{self.builder_config.name}"
+        return f"{self.name}/{self.category}"
 
     def _start_report(self, stray: list[pathlib.Path]) -> None:
         _say_skipped(self._title, stray)  # Before anything can fail.
@@ -323,10 +394,10 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for split in ("train", "test"):
             found = [(defect, n) for (s, defect), n in sorted(self._written.items()) if s == split]
             parts.append(f"{split} " + (", ".join(f"{n} {d}" for d, n in found) or "empty"))
-        logging.info("%s: %s; TFRecords in %s", self._title, "; ".join(parts), self.data_dir)
+        logging.info("%s: %s; TFRecords in %s", self._title, "; ".join(parts), shown(self.data_dir))
         for what, paths in self._report.items():
             logging.warning("%s: %s: %s", self._title, what, _some(paths))
-        official = self.counts.get(self.builder_config.name)
+        official = self.counts.get(self.category)
         if official is not None:
             kinds = ("train normal", "train defective", "test normal", "test defective")
             counted = dict.fromkeys(kinds, 0)
@@ -344,6 +415,11 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def _say_skipped(title: str, stray: list[pathlib.Path]) -> None:
     if stray:
         logging.warning("%s: skipped %s", title, images.describe(stray))
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.info("%s", text)
 
 
 def _some(paths: list[pathlib.Path], most: int = 5) -> str:

@@ -188,11 +188,16 @@ class Demo(base.AnomalyBuilder, skip_registration=True):
         return {name: path for name in cls.counts if (path := folder / f"{name}.png").is_file()}
 
     @classmethod
+    def nothing_found(cls, manual_dir: str | os.PathLike) -> UserError:
+        """Returns the error where scikit-image is not installed."""
+        return cls._missing(manual_dir, "gravel")
+
+    @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
         del manual_dir
         return UserError(
             f"demo/{category}: its photograph comes with scikit-image, which is not installed; "
-            "install the extra: pip install 'prn-jax[demo]'"
+            "in the source tree: pip install -e '.[demo]'"
         )
 
     @classmethod

@@ -402,5 +402,5 @@ def test_demo_splits_share_no_pixel(prepare):
 
 def test_demo_without_scikit_image(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"prn-jax\[demo\]"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[demo\]'"):
         datasets.prepare("demo", "gravel", manual_dir="", data_dir=tmp_path)
