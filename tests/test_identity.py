@@ -33,7 +33,7 @@ def other(**changes):
 
 
 @pytest.mark.parametrize(
-    "now, said",
+    ("now", "said"),
     [
         (other(fingerprint="f2"), "the images changed"),
         (other(steps=24, config=CONFIG | {"total_steps": 24}), "total_steps was 0, is 24"),
@@ -64,9 +64,9 @@ def test_a_newcomer_is_told_who_is_there_and_a_killed_one_blocks_nobody(tmp_path
     )  # fmt: skip
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"another training works in .*process {holder.pid} "):
-            with lock(tmp_path):
-                pass
+        said = rf"another training works in .*process {holder.pid} "
+        with pytest.raises(UserError, match=said), lock(tmp_path):
+            pass
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
@@ -128,7 +128,8 @@ def parsed(arguments, monkeypatch):
 def test_too_little_memory_of_the_device_is_one_line():
     text = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.\nmore"
     message = program._explained(RuntimeError(text))
-    assert "lower batch_size" in message and "2147483648 bytes" in message
+    assert "lower batch_size" in message
+    assert "2147483648 bytes" in message
     assert program._explained(RuntimeError("a mistake")) is None
 
 
