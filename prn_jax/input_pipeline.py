@@ -20,7 +20,7 @@ from PIL import Image
 
 from prn_jax import datasets, images
 from prn_jax.errors import UserError
-from prn_jax.synthesis.foreground import cached_foreground
+from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
 
 # Slots after which the plan of kinds repeats: shares are met to a thousandth.
@@ -151,11 +151,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     if not len(normal):
         raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
     foreground, is_object = cached_foreground(normal.image, builder.data_path)
-    logging.info(
-        "%s: %s",
-        category,
-        f"an object on {foreground.mean():.0%} of the image" if is_object else "all foreground",
-    )
+    logging.info("%s: foreground: %s", category, describe(foreground, is_object))
     return CategoryData(
         train=normal,
         seen=source.select([x in seen for x in source.id]),
