@@ -314,7 +314,7 @@ def _png_chunk(data: bytes, name: bytes) -> bytes:
 
 
 def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
-    """Decodes the first page to `[h, w]` or `[h, w, 3]`; `erase` blackens transparent pixels."""
+    """Decodes the first page; see `upright`."""
     if image.format == "PPM" and image.tile[0].codec_name != "pfm" and _ppm_maximum(image) > 255:
         return _ppm_levels(data, image)
     if ";16" in _raw_mode(image) and image.mode in ("RGB", "RGBA"):
@@ -322,6 +322,22 @@ def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
         if levels.shape[-1] == 4 and erase:
             levels[levels[..., 3] == 0] = 0
         return levels[..., :3]
+    return upright(image, erase)
+
+
+def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
+    """Returns the levels of Pillow's image, turned as its EXIF data says.
+
+    Args:
+      image: of any mode.
+      erase: blacken transparent pixels; else transparency is dropped.
+
+    Returns:
+      uint8 or uint16, `[h, w]` or `[h, w, 3]`.
+
+    Raises:
+      UserError: the pixels do not fit; without a name.
+    """
     image.load()  # Decodes everything: a truncated file shows only now.
     image = ImageOps.exif_transpose(image)
     if image.mode in _WIDE:
