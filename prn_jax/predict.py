@@ -5,6 +5,7 @@ Nothing here imports TensorFlow.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging as python_logging
 import os
@@ -43,6 +44,7 @@ class Detector:
       thresholds: see `thresholds.choose`; None if the training did not come to its evaluation.
       mesh: devices.
       white_level: the grey level that is white in images of more than 8 bits; 0: the full range.
+      digest: tells this training, and this step of it, from others.
     """
 
     model: PRN
@@ -52,6 +54,7 @@ class Detector:
     thresholds: dict[str, Any] | None
     mesh: Mesh
     white_level: int = 0
+    digest: str = ""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -119,24 +122,37 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
     if (folder / "checkpoints").exists():
         folder = folder / "checkpoints"
     if not folder.exists():
-        raise UserError(f"no checkpoint at {checkpoint}: give <workdir>/<category> of a training")
-    checkpoints = Checkpoints(folder, read_only=True)
-    try:
-        steps = checkpoints.steps()
-        if not steps:
-            raise UserError(f"no checkpoint in {folder}: give <workdir>/<category> of a training")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise UserError(f"no checkpoint of step {step} in {folder}: there are {steps}")
-        config = ConfigDict(checkpoints.identity(step).config)
-        network = checkpoints.restore_model(step)
-    finally:
-        checkpoints.close()
+        raise UserError(
+            f"no checkpoint at {shown(checkpoint)}: give <workdir>/<category> of a training"
+        )
+    with _without_orbax_warnings():
+        checkpoints = Checkpoints(folder, read_only=True)
+        try:
+            steps = checkpoints.steps()
+            if not steps:
+                raise UserError(
+                    f"no checkpoint in {shown(folder)}: give <workdir>/<category> of a training"
+                )
+            step = steps[-1] if step is None else step
+            if step not in steps:
+                raise UserError(
+                    f"no checkpoint of step {step} in {shown(folder)}: there are {steps}"
+                )
+            identity = checkpoints.identity(step)
+            network = checkpoints.restore_model(step)
+        finally:
+            checkpoints.close()
+    config, thresholds = ConfigDict(identity.config), _thresholds(folder, step)
+    if thresholds:  # with what they were chosen for; it may have changed since the checkpoint
+        config.score_pixels = thresholds.get("score_pixels", config.score_pixels)
     scale = network["prototypes"]["scale_0"]["maps"]
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     variables = meshes.replicate(mesh, jax.device_get(network))
     model = create_model(config, scale.shape[0])
-    return Detector(model, variables, config, step, _thresholds(folder, step), mesh)
+    digest = hashlib.sha256(json.dumps([identity.as_json(), step], sort_keys=True).encode())
+    return Detector(
+        model, variables, config, step, thresholds, mesh, identity.white_level, digest.hexdigest()
+    )
 
 
 def fit(image: ImageLike, size: tuple[int, int], white: int = 0) -> np.ndarray:
@@ -229,11 +245,11 @@ def _thresholds(folder: epath.Path, step: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: remove it and give --threshold") from error
+        raise UserError(f"{shown(path)} is damaged: remove it and give --threshold") from error
     if stored["step"] != step:
         logging.warning(
             "%s is of step %d, the checkpoint of step %d: thresholds left out",
-            path, stored["step"], step,
+            shown(path), stored["step"], step,
         )  # fmt: skip
         return None
     return stored
