@@ -20,15 +20,9 @@ from PIL import Image
 
 from prn_jax import datasets, images
 from prn_jax.errors import UserError
-from prn_jax.synthesis import augment
-from prn_jax.synthesis.augment import Draws
-from prn_jax.synthesis.extended import Extend
-from prn_jax.synthesis.foreground import cached_foreground, foreground_points
-from prn_jax.synthesis.simulated import Simulate, blend, roughness
-from prn_jax.synthesis.textures import load_textures
+from prn_jax.synthesis.foreground import cached_foreground, describe
+from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
 
-KINDS = ("normal", "seen", "extended", "simulated")
-NORMAL, SEEN, EXTENDED, SIMULATED = range(4)
 # Slots after which the plan of kinds repeats: shares are met to a thousandth.
 _PERIOD = 1000
 
@@ -157,11 +151,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     if not len(normal):
         raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
     foreground, is_object = cached_foreground(normal.image, builder.data_path)
-    logging.info(
-        "%s: %s",
-        category,
-        f"an object on {foreground.mean():.0%} of the image" if is_object else "all foreground",
-    )
+    logging.info("%s: foreground: %s", category, describe(foreground, is_object))
     return CategoryData(
         train=normal,
         seen=source.select([x in seen for x in source.id]),
@@ -272,8 +262,10 @@ class Plan:
         self._kinds = tf.constant(kinds)
         self._before = tf.constant(before, tf.int64)
         self._per_period = tf.constant(np.bincount(kinds, minlength=4), tf.int64)
-        # Normal, extended and simulated ones are based on normal images.
-        self._sizes = tf.constant([num_normal, max(1, num_seen), num_normal, num_normal], tf.int64)
+        # Extended and simulated ones are based on normal images.
+        sizes = {kind: num_normal for kind in (NORMAL, EXTENDED, SIMULATED)}
+        sizes[SEEN] = max(1, num_seen)
+        self._sizes = tf.constant([sizes[kind] for kind in range(4)], tf.int64)
 
     def __call__(self, slot: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Kind, int32, and image number, int64, of a slot, int64."""
@@ -326,7 +318,12 @@ def train_batches(
             f"batch_size={config.batch_size} cannot be divided among {process_count} processes"
         )
     local = config.batch_size // process_count
-    make_sample = SampleMaker(config, data)
+    plan, make = Plan(config, len(data.train), len(data.seen)), sample_maker(config, data)
+
+    def sample(slot: tf.Tensor) -> dict[str, tf.Tensor]:
+        kind, index = plan(slot)
+        image, mask = make(kind, index, slot)
+        return {"image": image, "mask": mask, "kind": kind}
 
     def slots(step: tf.Tensor) -> tf.data.Dataset:
         first = step * config.batch_size + process_index * local
@@ -338,7 +335,7 @@ def train_batches(
     options.autotune.ram_budget = 512 * 2**20
     batches = (
         steps.flat_map(slots)
-        .map(make_sample, num_parallel_calls=parallel_calls, deterministic=True)
+        .map(sample, num_parallel_calls=parallel_calls, deterministic=True)
         .batch(local, drop_remainder=True)
         .prefetch(4)
         .with_options(options)
@@ -346,145 +343,14 @@ def train_batches(
     return batches.as_numpy_iterator()
 
 
-class SampleMaker:
-    """Slot number -> one training sample, in TensorFlow ops.
-
-    Args:
-      config: see configs/default.py.
-      data: from `load_category`.
-    """
-
-    def __init__(self, config: ConfigDict, data: CategoryData):
-        self._config = config.synthesis
-        self._seed = config.seed
-        size = tuple(config.image_size)
-        self._plan = Plan(config, len(data.train), len(data.seen))
-        self._normals = tf.constant(data.train.image)
-        self._foreground = tf.constant(data.foreground)
-        self._points = tf.constant(foreground_points(data.foreground))
-        self._has_seen = len(data.seen) > 0
-        self._seen = tf.constant(data.seen.image), tf.constant(data.seen.mask)
-        self.textures = load_textures(
-            config.synthesis.textures,
-            size,
-            config.synthesis.max_textures,
-            data_dir=config.data.data_dir,
-            exclude=config.category,
-        )
-        self._simulate = Simulate(
-            size, tf.constant(self.textures), config.synthesis, data.is_object
-        )
-        if self._has_seen:
-            self._extend = Extend(data.seen.image, data.seen.mask, config.synthesis)
-        self._min_pixels = max(1, round(config.synthesis.min_area * size[0] * size[1]))
-        self._roughness = tf.constant(roughness(data.train.image))
-
-    def __call__(self, slot: tf.Tensor) -> dict[str, tf.Tensor]:
-        """`image` uint8 [h, w, 3], `mask` uint8 [h, w] in {0, 1} and `kind` int32."""
-        kind, index = self._plan(slot)
-        image, mask = self.make(kind, index, slot)
-        return {"image": image, "mask": mask, "kind": kind}
-
-    def make(
-        self, kind: tf.Tensor, index: tf.Tensor, slot: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """A sample of the given kind, from image `index`, with the random numbers of `slot`."""
-        # A long run's slot numbers outgrow 32 bits: both parts of them count.
-        high, low = (tf.cast(x, tf.int32) for x in (slot // 2**31, slot % 2**31))
-        seed = tf.random.experimental.stateless_fold_in(tf.stack([self._seed, high]), low)
-        branches = [lambda: self._normal(index, seed)]
-        if self._has_seen:
-            branches += [lambda: self._seen_one(index, seed), lambda: self._extended(index, seed)]
-        else:
-            branches += [lambda: self._simulated(index, seed)] * 2
-        branches.append(lambda: self._simulated(index, seed))
-        image, mask = tf.switch_case(kind, branches)
-        shape = self._normals.shape[1:]
-        return tf.ensure_shape(image, shape), tf.ensure_shape(mask, shape[:2])
-
-    def _normal(self, index, seed):
-        image = self._normals[index]
-        mask = tf.zeros(image.shape[:2], tf.uint8)
-        return self._lightly(image, mask, self._config.augment_normal, Draws(seed))
-
-    def _seen_one(self, index, seed):
-        image, mask = (x[index] for x in self._seen)
-        return self._lightly(image, mask, self._config.augment_seen, Draws(seed))
-
-    def _lightly(self, image, mask, probability, draws):
-        """Light augmentation that keeps the label: brightness and a small shift."""
-        if not probability:
-            return image, mask
-
-        def change():
-            size = tf.cast(tf.shape(image)[:2], tf.float32)
-            shift = (2.0 * draws.vector(2) - 1.0) * self._config.shift * size
-            both = tf.concat([image, mask[..., None] * 255], -1)
-            origin = tf.zeros(2)
-            both = augment.warp(both, 0.0, 1.0, origin, tf.round(shift), mirror=True)
-            bright = augment.brightness(
-                both[..., :3], draws.uniform(0.9, 1.1), draws.uniform(-10.0, 10.0)
-            )
-            return bright, tf.cast(both[..., 3] >= 128, tf.uint8)
-
-        return tf.cond(draws.chance(probability), change, lambda: (image, mask))
-
-    def _extended(self, index, seed):
-        points = self._points[index]
-        return self._until_visible(
-            index,
-            seed,
-            lambda image, foreground, draws: self._extend(image, foreground, points, draws),
-            contrast=0.0,  # real defects are as plain as they are
-        )
-
-    def _simulated(self, index, seed):
-        contrast = self._config.simulated_contrast * self._roughness[index]
-        return self._until_visible(index, seed, self._simulate, contrast)
-
-    def _until_visible(self, index, seed, synthesise, contrast):
-        """Draws anew until the anomaly shows; the mask covers only what really changed.
-
-        Where the image is rough by itself, half of the mask must change by `contrast` more.
-        """
-        normal = self._normals[index]
-        foreground = self._foreground[index] > 0
-        least = self._config.visible_change
-
-        def attempt(number, image, mask, shows):
-            draws = Draws(tf.random.experimental.stateless_fold_in(seed, number))
-            image, mask = synthesise(normal, foreground, draws)
-            change = tf.where(mask, _difference(normal, image), 0)
-            mask = change >= least
-            plain = change >= tf.cast(tf.math.ceil(least + contrast), change.dtype)
-            count, plainly = (tf.math.count_nonzero(x, dtype=tf.int32) for x in (mask, plain))
-            return number + 1, image, mask, (count >= self._min_pixels) & (2 * plainly >= count)
-
-        def unseen(number, image, mask, shows):
-            return ~shows & (number < self._config.attempts)
-
-        start = (tf.constant(0), normal, tf.zeros_like(foreground), tf.constant(False))
-        _, image, mask, _ = tf.while_loop(unseen, attempt, start)
-        image, mask = tf.cond(
-            tf.math.count_nonzero(mask, dtype=tf.int32) < self._min_pixels,
-            lambda: self._square(normal, self._points[index], Draws(seed)),
-            lambda: (tf.where(mask[..., None], image, normal), mask),
-        )
-        return image, tf.cast(mask, tf.uint8)
-
-    def _square(self, normal, points, draws):
-        """What is left when every attempt failed: a square of other grey values, always seen."""
-        height, width = normal.shape[:2]
-        middle = points[draws.integer(tf.shape(points)[0])]
-        reach = tf.cast(tf.math.ceil(tf.sqrt(float(self._min_pixels))), tf.float32)
-        rows = tf.abs(tf.range(height, dtype=tf.float32) - middle[0]) <= reach
-        columns = tf.abs(tf.range(width, dtype=tf.float32) - middle[1]) <= reach
-        mask = rows[:, None] & columns[None]
-        # Modulo 256: each value moves by 128.
-        other = normal + tf.constant(128, tf.uint8)
-        return blend(normal, other, mask, tf.constant(1.0)), mask
-
-
-def _difference(a, b):
-    """Largest difference over the channels of uint8 [h, w, 3], int32 [h, w]."""
-    return tf.cast(tf.reduce_max(tf.maximum(a, b) - tf.minimum(a, b), axis=-1), tf.int32)
+def sample_maker(config: ConfigDict, data: CategoryData) -> SampleMaker:
+    """What makes the samples of one category."""
+    return SampleMaker(
+        config,
+        normal=data.train.image,
+        foreground=data.foreground,
+        is_object=data.is_object,
+        seen=data.seen.image,
+        seen_mask=data.seen.mask,
+        seen_defect=data.seen.defect,
+    )

@@ -6,7 +6,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from prn_jax import pictures
-from prn_jax.input_pipeline import EXTENDED, KINDS, SEEN, SIMULATED, CategoryData, SampleMaker
+from prn_jax.input_pipeline import CategoryData, sample_maker
+from prn_jax.synthesis.foreground import describe
+from prn_jax.synthesis.samples import EXTENDED, KINDS, SEEN, SIMULATED
 from prn_jax.synthesis.textures import spread
 
 
@@ -22,13 +24,12 @@ def samples_sheet(config: ConfigDict, data: CategoryData, columns: int = 8) -> I
       Rows of normal images, their foregrounds (dimmed outside), textures, then of seen, extended
       and simulated anomalies, each without and with the outline of its mask.
     """
-    maker = SampleMaker(config, data)
+    maker = sample_maker(config, data)
     normal = spread(len(data.train), columns)
     rows = [
         ("normal", [(data.train.image[i], data.train.id[i].split("/")[-1]) for i in normal]),
         (
-            f"foreground: {data.foreground.mean():.0%} of the image" if data.is_object
-            else "foreground: everywhere (no object found that stands out from the corners)",
+            f"foreground: {describe(data.foreground, data.is_object)}",
             [(_dim(data.train.image[i], data.foreground[i]), "") for i in normal],
         ),
         (
@@ -36,7 +37,7 @@ def samples_sheet(config: ConfigDict, data: CategoryData, columns: int = 8) -> I
             [(maker.textures[i], "") for i in spread(len(maker.textures), columns)],
         ),
     ]  # fmt: skip
-    seen, make = spread(len(data.seen), columns), tf.function(maker.make)
+    seen, make = spread(len(data.seen), columns), tf.function(maker)
     for kind in (SEEN, EXTENDED, SIMULATED):
         if kind != SIMULATED and not len(data.seen):
             continue

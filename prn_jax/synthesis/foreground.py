@@ -2,8 +2,10 @@
 
 The normal images themselves tell. On pictures of an object the corners show the background: what
 differs from them in colour is the product. On a texture the corners look like everything else, and
-the whole image is foreground. PRN's first author uses a saliency network for this; the estimate
-here needs none, and no threshold per category.
+the whole image is foreground. Where the background has a structure of its own (holes and strips of
+a circuit board), what differs from the corners crosses the border in many places: the estimate is
+not trusted, and the whole image is foreground too. PRN's first author uses a saliency network for
+this; the estimate here needs none, and no threshold per category.
 """
 
 import hashlib
@@ -22,10 +24,12 @@ _GROWTH = 0.015
 # An object leaves the corners free and fills a fair part of the rest.
 _MOST_IN_CORNERS = 0.1
 _LEAST, _MOST = 0.04, 0.97
+# A product leaves the picture in few places; a background with a structure does in many.
+_MOST_CROSSINGS = 4
 # Least share of the distances' variance that the two classes explain (one Gaussian: 0.64).
 _SEPARATION = 0.7
 # Raise it when the estimate changes: what was cached is then made anew.
-_VERSION = 1
+_VERSION = 2
 
 
 def cached_foreground(images: np.ndarray, folder: epath.PathLike) -> tuple[np.ndarray, bool]:
@@ -70,7 +74,7 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
 
     Returns:
       The foreground, uint8 [n, h, w] in {0, 1}, and whether the category is an object; on a
-      texture (or where the estimate is not trustworthy) all is foreground.
+      texture, and where the estimate is not trustworthy, all is foreground.
     """
     everything = np.ones(images.shape[:3], np.uint8)
     step = max(1, min(images.shape[1:3]) // 128)
@@ -82,6 +86,8 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
     in_corners, coverage = products[:, corner].mean(), products.mean()
     if separation < _SEPARATION or in_corners > _MOST_IN_CORNERS or not _LEAST <= coverage <= _MOST:
         return everything, False
+    if np.median([_crossings(x) for x in products]) > _MOST_CROSSINGS:
+        return everything, True
     products = np.stack([_tidy(x) for x in products])
     if (products.mean(axis=(1, 2)) < _LEAST / 2).mean() > 0.05:
         return everything, False
@@ -90,6 +96,15 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
     # An image in which nothing was found is all foreground rather than none.
     everything[~everything.any(axis=(1, 2))] = 1
     return everything, True
+
+
+def describe(foreground: np.ndarray, is_object: bool) -> str:
+    """What `estimate_foreground` found, for people."""
+    if not is_object:
+        return "everywhere (a texture: nothing stands out from the corners)"
+    if foreground.all():
+        return "everywhere (the background has a structure, from which no object stands out)"
+    return f"{foreground.mean():.0%} of the image"
 
 
 def foreground_points(foreground: np.ndarray, count: int = 256) -> np.ndarray:
@@ -110,6 +125,12 @@ def _corners(shape: tuple[int, int]) -> np.ndarray:
         for c in (slice(None, columns), slice(-columns, None)):
             mask[r, c] = True
     return mask
+
+
+def _crossings(mask: np.ndarray) -> int:
+    """In how many separate places a mask, bool [h, w], reaches the border of the image."""
+    border = np.concatenate([mask[0], mask[1:, -1], mask[-1, -2::-1], mask[-2:0:-1, 0]])
+    return int(np.sum(border & ~np.roll(border, 1)))
 
 
 def _distance_from_corners(image: np.ndarray) -> np.ndarray:

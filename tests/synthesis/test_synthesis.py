@@ -8,8 +8,9 @@ from configs import default
 from prn_jax.errors import UserError
 from prn_jax.synthesis import extended, foreground, textures
 from prn_jax.synthesis.augment import Draws
+from prn_jax.synthesis.blending import blend, difference, to_grey
 from prn_jax.synthesis.perlin import PerlinNoise
-from prn_jax.synthesis.simulated import Simulate, blend
+from prn_jax.synthesis.simulated import Simulate
 
 
 def seed(number):
@@ -66,7 +67,9 @@ def test_simulated_anomalies_stay_on_the_foreground_and_change_nothing_else():
     simulate = Simulate((64, 48), tf.constant(stuff), config, self_source=True)
     shown = 0
     for number in range(20):
-        made, shape = simulate(tf.constant(image), tf.constant(on), Draws(seed(number)))
+        made, shape = simulate(
+            tf.constant(image), tf.constant(on), tf.constant(0.0), tf.constant(seed(number))
+        )
         made, shape = made.numpy(), shape.numpy()
         assert not (shape & ~on).any()
         assert (made == image)[~shape].all()
@@ -83,22 +86,76 @@ def test_the_shuffled_image_keeps_its_pixels():
     np.testing.assert_array_equal(np.bincount(found.ravel()), np.bincount(image.ravel()))
 
 
-def test_regions_are_scipys():
-    masks = (np.random.default_rng(0).random((4, 30, 30)) > 0.9).astype(np.uint8)
+def test_pieces_are_scipys_regions_and_whole_masks():
+    masks = (np.random.default_rng(0).random((5, 30, 30)) > 0.9).astype(np.uint8)
     masks[3] = 0
     masks[3, 2, 2] = 1  # smaller than any region that is kept, and all there is
-    numbers, regions, centres = extended.cut_regions(masks, min_pixels=4)
+    masks[4] = 0
+    pieces = extended.cut_pieces(masks, ["b", "a", "b", "c", "c"], min_pixels=4)
+    assert [pieces.number[pieces.images[i]] for i in pieces.types[:-1]] == [1, 0, 3]
+    assert len(pieces.types) - 1 == 3  # an empty mask gives nothing
+    assert len(pieces.images) - 1 == 4
     expected = 1
     for mask in masks[:3]:
         labels, count = ndimage.label(mask, np.ones((3, 3)))
-        expected += sum(np.sum(labels == i) >= 4 for i in range(1, count + 1))
-    assert len(numbers) == expected
-    for number, region, centre in zip(numbers, regions, centres):
+        expected += 1 + sum(np.sum(labels == i) >= 4 for i in range(1, count + 1))
+    assert len(pieces) == expected
+    for first, number in zip(pieces.images[:-1], (1, 0, 2, 3)):
+        np.testing.assert_array_equal(pieces.region[first], masks[number])
+    for number, region, centre in zip(pieces.number, pieces.region, pieces.centre):
         assert (masks[number][region > 0] == 1).all()
         rows, columns = np.nonzero(region)
         np.testing.assert_allclose(
             centre, [(rows[0] + rows[-1]) / 2, (columns.min() + columns.max()) / 2]
         )
+
+
+def test_types_images_and_regions_are_drawn_in_this_order():
+    config = default.get_config().synthesis
+    masks = np.zeros((3, 32, 32), np.uint8)
+    masks[0, 2:6, 2:6] = 1  # one type with one region
+    masks[1:, ::8, ::8] = 1  # another with two images of sixteen regions each
+    pictures = np.zeros((3, 32, 32, 3), np.uint8)
+    extend = extended.Extend(pictures, masks, ["scratch", "dots", "dots"], config)
+    drawn = [int(extend._draw_piece(Draws(seed(i), 16))) for i in range(300)]
+    pieces = extended.cut_pieces(masks, ["scratch", "dots", "dots"], config.min_region)
+    images = pieces.number[drawn]
+    counts = np.bincount(images, minlength=3)
+    # 300 draws: three standard deviations around a half and two quarters.
+    np.testing.assert_allclose(counts, [150, 75, 75], atol=26)
+
+
+@pytest.mark.parametrize("kind", ["simulated", "extended"])
+def test_an_anomaly_is_marked_whole_and_grey_stays_grey(kind):
+    config = default.get_config().synthesis
+    rng = np.random.default_rng(0)
+    # A texture whose values come again in what is pasted: single pixels often stay the same.
+    image = to_grey(tf.constant(rng.integers(0, 4, (64, 64, 1)).repeat(3, -1) * 60, tf.uint8))
+    everywhere = tf.ones((64, 64), tf.bool)
+    stuff = rng.integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)
+    mask = np.zeros((3, 64, 64), np.uint8)
+    mask[:, 20:40, 10:30] = 1
+    simulate = Simulate((64, 64), tf.constant(stuff), config, self_source=True, grey=True)
+    extend = extended.Extend(stuff, mask, ["a", "a", "b"], config, grey=True)
+    points = tf.constant([[32.0, 32.0]])
+    holes = filled = marked = 0
+    for number in range(20):
+        if kind == "simulated":
+            made, where = simulate(image, everywhere, tf.constant(0.0), tf.constant(seed(number)))
+        else:
+            made, where = extend(image, everywhere, points, Draws(seed(number)))
+        np.testing.assert_array_equal(made[..., 0], made[..., 1])
+        np.testing.assert_array_equal(made[..., 0], made[..., 2])
+        changed = difference(image, made).numpy() > 0
+        where = where.numpy()
+        assert not (changed & ~where).any()
+        holes += np.sum(ndimage.binary_fill_holes(where) & ~where)
+        filled += np.sum(where & ~changed)
+        marked += where.sum()
+    assert marked > 1000
+    assert filled > 0  # pixels that look as before are marked with the others
+    if kind == "extended":
+        assert holes < 0.01 * marked
 
 
 def test_an_untransformed_piece_is_a_cut_and_paste():
@@ -108,7 +165,7 @@ def test_an_untransformed_piece_is_a_cut_and_paste():
     source = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
     mask = np.zeros((32, 32), np.uint8)
     mask[4:9, 6:13] = 1  # the middle is (6, 9)
-    extend = extended.Extend(source[None], mask[None], config)
+    extend = extended.Extend(source[None], mask[None], ["scratch"], config)
     image = np.zeros((32, 32, 3), np.uint8)
     point = tf.constant([[20.0, 17.0]])
     everywhere = tf.ones((32, 32), tf.bool)
@@ -138,6 +195,22 @@ def test_an_object_is_found_and_a_texture_is_all_foreground():
     found, is_object = foreground.estimate_foreground(texture)
     assert not is_object
     assert found.all()
+    assert "texture" in foreground.describe(found, is_object)
+
+
+def test_strips_of_the_background_are_not_taken_for_the_product():
+    rng = np.random.default_rng(0)
+    pictures = np.full((8, 128, 128, 3), (180, 110, 90), float)
+    for picture in pictures:
+        for left in range(14, 128, 20):  # strips of the board, never quite at the same place
+            left += rng.integers(-3, 4)
+            picture[:, left : left + 5] = 20
+        picture[40:80, 40:80] = 25  # the product
+    pictures = np.clip(pictures + rng.normal(0, 4, pictures.shape), 0, 255).astype(np.uint8)
+    found, is_object = foreground.estimate_foreground(pictures)
+    assert is_object
+    assert found.all()
+    assert "structure" in foreground.describe(found, is_object)
 
 
 def test_foreground_points_lie_on_it():
