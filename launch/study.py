@@ -61,7 +61,7 @@ def main() -> None:
     print((workdir / "study.md").read_text(), flush=True)
     if failed:
         names = "; ".join(run.name for run in failed)
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed ({names}): see their logs")
+        raise UserError(f"{len(failed)} of {len(runs)} runs did not end ({names}): see their logs")
 
 
 if __name__ == "__main__":

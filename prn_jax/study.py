@@ -166,7 +166,7 @@ def folder_name(variation: str) -> str:
 
 
 def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> list[StudyRun]:
-    """Runs what is unfinished, several at a time; returns what failed.
+    """Runs what is unfinished, several at a time; returns what did not come to its end.
 
     Each run is a process of its own with its share of the machine's accelerators, and writes its
     log to `<workdir>/seed_<seed>/<category>.log`. A run that fails does not stop the others.
@@ -218,7 +218,10 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
                     )
                 else:
                     failed.append(run)
-                    logging.error("%s: failed; %s", run.name, _last_line(run))
+                    # Someone else's SIGTERM; it saved, and the same study goes on with it.
+                    stopped = process.returncode == 128 + signal.SIGTERM
+                    what = "stopped" if stopped else "failed"
+                    logging.error("%s: %s; %s", run.name, what, _last_line(run))
     return failed
 
 
