@@ -318,7 +318,7 @@ def _pages(image: Image.Image) -> int:
 
 
 def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
-    """Decodes the first page to `[h, w]` or `[h, w, 3]`; `erase` blackens transparent pixels."""
+    """Decodes the first page; see `upright`."""
     if image.format == "PPM" and deep.is_deep(image):
         return deep.ppm_levels(data, image)
     if deep.is_deep(image) and image.mode in ("RGB", "RGBA"):
@@ -326,6 +326,22 @@ def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
         if levels.shape[-1] == 4 and erase:
             levels[levels[..., 3] == 0] = 0
         return levels[..., :3]
+    return upright(image, erase)
+
+
+def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
+    """Returns the levels of Pillow's image, turned as its EXIF data says.
+
+    Args:
+      image: of any mode.
+      erase: blacken transparent pixels; else transparency is dropped.
+
+    Returns:
+      uint8 or uint16, `[h, w]` or `[h, w, 3]`.
+
+    Raises:
+      UserError: the pixels do not fit; without a name.
+    """
     image.load()  # Decodes everything: a truncated file shows only now.
     image = ImageOps.exif_transpose(image)
     if image.mode in deep.GREY:

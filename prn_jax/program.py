@@ -3,6 +3,7 @@
 import contextlib
 import logging as python_logging
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -14,6 +15,10 @@ from ml_collections import config_flags
 from ml_collections.config_flags.tuple_parser import TupleParser
 
 from prn_jax.errors import Interrupted, UserError, shown
+
+# This package and the programs beside it, but not what is installed beside it.
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+_OURS = (_PACKAGE, _PACKAGE.parent / "launch")
 
 
 class _Tuple(flags.ArgumentParser):
@@ -127,7 +132,9 @@ def _ours(record: python_logging.LogRecord) -> bool:
     # logs errors that it raises as well.
     if "Unable to initialize backend" in record.getMessage() or "/orbax/" in record.pathname:
         return False
-    return record.levelno >= python_logging.WARNING or "prn_jax" in record.pathname
+    if record.levelno >= python_logging.WARNING:
+        return True
+    return any(pathlib.Path(record.pathname).is_relative_to(folder) for folder in _OURS)
 
 
 def _report_unraisable(unraisable) -> None:
