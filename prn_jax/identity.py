@@ -84,11 +84,16 @@ class Identity:
     def today(self, config: ConfigDict, fingerprint: str) -> "Identity":
         """This run with another configuration and data, as far as is known before loading it."""
         old = self.config
-        kept = config.epochs == old.get("epochs") and not old.get("total_steps")
-        steps = config.total_steps if config.total_steps > 0 else self.steps if kept else 0
+        kept = config.epochs == old.get("epochs") and old.get("total_steps", 0) <= 0
+        steps = config.total_steps if config.total_steps >= 0 else self.steps if kept else 0
         return dataclasses.replace(
             self, config=as_dict(config), fingerprint=fingerprint, steps=steps
         )
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is a memory of patches alone, without a network (`total_steps=0`)."""
+        return self.config.get("total_steps") == 0 and "memory" in self.config
 
     def differences(self, other: "Identity") -> list[str]:
         """What `other` is made of that this is not, each in words; empty where they are alike."""
@@ -106,7 +111,7 @@ class Identity:
             for name in sorted(old.keys() | new.keys())
             if old.get(name, "absent") != new.get(name, "absent")
         }
-        if self.steps and self.steps != other.steps:
+        if (self.steps or self.untrained) and self.steps != other.steps:
             length = [changed[name] for name in ("epochs", "total_steps") if name in changed]
             found += length or [f"its steps were {self.steps}, are {other.steps}"]
         return found + [text for name, text in changed.items() if not _is_free(name)]
@@ -131,6 +136,11 @@ class Identity:
             raise UserError(
                 f"{text}: what it was trained on would be tested on. Put the images and fields "
                 "back, or give another --workdir"
+            )
+        if self.untrained != other.untrained:
+            raise UserError(
+                f"{text}: what answers without training holds no network to train, nor the other "
+                "way round. Give another --workdir"
             )
         if found and not allow:
             raise UserError(
