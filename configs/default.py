@@ -101,15 +101,17 @@ def get_config() -> ConfigDict:
     config.synthesis.textures = ""
     # Textures held in memory, at most (200 kB each at 256x256), evenly spread over what is there.
     config.synthesis.max_textures = 600
-    # A mask covers only pixels of which a channel changed by so many grey levels of 255. Ours.
+    # A pixel shows when a channel changed by so many grey levels of 255; a pasted region shows, and
+    # is marked whole as people mark, when at least this share of it does. Ours.
     config.synthesis.visible_change = 8
+    config.synthesis.visible_share = 0.5
     # An anomaly shows on at least this share of the image, else it is drawn anew, at most
     # so many times (DiffusionAD: any pixel, 50 times). Ours.
     config.synthesis.min_area = 0.0002
     config.synthesis.attempts = 20
     # Half of a simulated anomaly changes by so many times the image's roughness (the median
-    # difference of neighbouring pixels) more than that, else it is drawn anew: on gravel 8 grey
-    # levels are invisible. Ours.
+    # difference of neighbouring pixels) more than `visible_change`, else it is drawn anew: on
+    # gravel 8 grey levels are invisible. Ours.
     config.synthesis.simulated_contrast = 3.0
     # Simulated anomalies (DiffusionAD's values, and DRAEM's before it): the finest Perlin grid is
     # 2**5 cells, noise above the threshold is anomalous, three of ten operations on the content.
@@ -130,6 +132,9 @@ def get_config() -> ConfigDict:
     config.synthesis.extended_scale = (0.5, 1.5)
     config.synthesis.extended_opacity = (0.5, 1.0)
     config.synthesis.extended_opaque = 0.5
+    # What is pasted: a defect type is drawn, a seen image of it, then with this probability all
+    # regions of its mask as they lie, else one of them. Ours.
+    config.synthesis.extended_together = 0.5
     # Regions of a seen mask below this many pixels are not moved by themselves.
     config.synthesis.min_region = 8
     # Probability and strength of the light augmentation that keeps the label: brightness by up to

@@ -1,11 +1,13 @@
 """Extended anomalies: regions of the seen defects, moved to other places of normal images.
 
 The paper enlarges the few seen anomalies by placing their anomalous regions on normal images after
-random spatial transformations. Each connected region of a seen mask is one piece; it is turned,
-scaled, flipped, recoloured and laid on the foreground.
+random spatial transformations. A piece is one connected region of a seen mask, or all of them as
+they lie; it is turned, scaled, flipped, recoloured and laid on the foreground.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +16,30 @@ from scipy import ndimage
 
 from prn_jax.synthesis import augment
 from prn_jax.synthesis.augment import Draws
-from prn_jax.synthesis.simulated import blend
+from prn_jax.synthesis.blending import blend, count, difference, to_grey
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What can be moved, ordered by defect type and image.
+
+    Attributes:
+      types: the first image of each type, and the number of images, int [t + 1].
+      images: the first piece of each image, and the number of pieces, int [m + 1]. An image's first
+        piece is its whole mask; its connected regions follow where there are several.
+      number: which of the given images a piece is of, int [r].
+      region: uint8 [r, h, w] in {0, 1}.
+      centre: the middle of its bounding box, (row, column), float32 [r, 2].
+    """
+
+    types: np.ndarray
+    images: np.ndarray
+    number: np.ndarray
+    region: np.ndarray
+    centre: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.number)
 
 
 class Extend:
@@ -23,26 +48,38 @@ class Extend:
     Args:
       images: seen anomalous images, uint8 [n, h, w, 3].
       masks: uint8 [n, h, w] in {0, 1}.
+      defects: the types of their defects.
       config: `config.synthesis`.
+      grey: whether everything that is pasted is grey, as the product is.
     """
 
-    def __init__(self, images: np.ndarray, masks: np.ndarray, config: ConfigDict):
-        self._config = config
-        numbers, regions, centres = cut_regions(masks, config.min_region)
+    def __init__(
+        self,
+        images: np.ndarray,
+        masks: np.ndarray,
+        defects: Sequence[str],
+        config: ConfigDict,
+        grey: bool = False,
+    ):
+        self._config, self._grey = config, grey
+        self._min_pixels = max(1, round(config.min_area * masks[0].size))
+        pieces = cut_pieces(masks, defects, config.min_region)
+        self._count = len(pieces)
         self._images = tf.constant(images)
-        self._numbers = tf.constant(numbers, tf.int32)
-        self._regions = tf.constant(regions)
-        self._centres = tf.constant(centres, tf.float32)
+        self._types, self._first, self._numbers = (
+            tf.constant(x, tf.int32) for x in (pieces.types, pieces.images, pieces.number)
+        )
+        self._regions = tf.constant(pieces.region)
+        self._centres = tf.constant(pieces.centre)
 
-    @property
-    def count(self) -> int:
+    def __len__(self) -> int:
         """Pieces to choose from."""
-        return int(self._numbers.shape[0])
+        return self._count
 
     def __call__(
         self, image: tf.Tensor, foreground: tf.Tensor, points: tf.Tensor, draws: Draws
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """One attempt.
+        """Lays pieces on an image; one that does not show is drawn anew.
 
         Args:
           image: a normal image, uint8 [h, w, 3].
@@ -51,22 +88,48 @@ class Extend:
           draws: random numbers.
 
         Returns:
-          The image with anomalies, uint8 [h, w, 3], and where they may show, bool [h, w].
+          The image with anomalies, uint8 [h, w, 3], and where they are, bool [h, w]: nowhere when
+          no piece showed. Outside of it the image is the normal one.
         """
-        pastes = 1 + draws.integer(self._config.max_pastes)
-        mask = tf.zeros_like(foreground)
-        for number in range(self._config.max_pastes):
-            own = Draws(draws.seed(number), 16)
-            image, mask = tf.cond(
-                number < pastes,
-                lambda i=image, m=mask, o=own: self._paste(i, m, foreground, points, o),
-                lambda i=image, m=mask: (i, m),
+        config, normal = self._config, image
+        pastes = 1 + draws.integer(config.max_pastes)
+
+        def attempt(number, pasted, image, mask):
+            made, region = self._paste(image, foreground, points, Draws(draws.seed(number), 16))
+            visible = count(region & (difference(normal, made) >= config.visible_change))
+            # Real defects are as plain as they are: no contrast is asked for.
+            shows = (visible >= self._min_pixels) & (
+                visible >= config.visible_share * count(region)
             )
+            return (
+                number + 1,
+                pasted + tf.cast(shows, tf.int32),
+                tf.where(shows, made, image),
+                mask | (region & shows),
+            )
+
+        def wanting(number, pasted, image, mask):
+            return (pasted < pastes) & (number - pasted < config.attempts)
+
+        start = (tf.constant(0), tf.constant(0), image, tf.zeros_like(foreground))
+        _, _, image, mask = tf.while_loop(wanting, attempt, start)
         return image, mask
 
-    def _paste(self, image, mask, foreground, points, draws):
+    def _draw_piece(self, draws: Draws) -> tf.Tensor:
+        """The type, an image of it, then the image's whole mask or one of its regions."""
+
+        def among(first, number):
+            return first[number] + draws.integer(first[number + 1] - first[number])
+
+        image = among(self._types, draws.integer(self._types.shape[0] - 1))
+        whole, end = self._first[image], self._first[image + 1]
+        together = draws.chance(self._config.extended_together) | (end - whole == 1)
+        region = whole + 1 + draws.integer(tf.maximum(end - whole - 1, 1))
+        return tf.where(together, whole, region)
+
+    def _paste(self, image, foreground, points, draws):
         config = self._config
-        piece = draws.integer(self.count)
+        piece = self._draw_piece(draws)
         source = tf.gather(self._images, self._numbers[piece])
         region = tf.gather(self._regions, piece)[..., None] * 255
         point = tf.gather(points, draws.integer(tf.shape(points)[0]))
@@ -84,43 +147,45 @@ class Extend:
             jitter, lambda: augment.brightness(content, gain, offset), lambda: content
         )
         hue, saturation = draws.uniform(0.45, 0.55), draws.uniform()
-        content = tf.cond(
-            jitter, lambda: augment.hue_saturation(content, hue, saturation), lambda: content
-        )
+        if self._grey:
+            content = to_grey(content)
+        else:
+            content = tf.cond(
+                jitter, lambda: augment.hue_saturation(content, hue, saturation), lambda: content
+            )
         low, high = config.extended_opacity
         opacity = tf.where(draws.chance(config.extended_opaque), 1.0, draws.uniform(low, high))
-        weight = weight * tf.cast(foreground, tf.float32)
-        return blend(image, content, weight, opacity), mask | (weight >= 0.5)
+        # What is pasted and what is marked is the same, on the foreground.
+        region = (weight >= 0.5) & foreground
+        return blend(image, content, tf.where(region, weight, 0.0), opacity), region
 
 
-def cut_regions(masks: np.ndarray, min_pixels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The connected (8-connected) regions of masks.
-
-    A mask whose regions are all smaller than `min_pixels` counts as one region.
+def cut_pieces(masks: np.ndarray, defects: Sequence[str], min_pixels: int) -> Pieces:
+    """Cuts masks into their connected (8-connected) regions.
 
     Args:
-      masks: uint8 [n, h, w] in {0, 1}.
-      min_pixels: smaller regions are left out.
-
-    Returns:
-      Which image each region is of [r], the regions uint8 [r, h, w] in {0, 1}, and the middles of
-      their bounding boxes, float (row, column) [r, 2].
+      masks: uint8 [n, h, w] in {0, 1}; an empty one gives no piece.
+      defects: the type of each.
+      min_pixels: smaller regions are moved only together with the others.
     """
-    numbers, regions, centres = [], [], []
-    for number, mask in enumerate(masks):
-        labels, count = ndimage.label(mask, np.ones((3, 3)))
-        sizes = np.bincount(labels.ravel(), minlength=count + 1)
-        kept = [i for i in range(1, count + 1) if sizes[i] >= min_pixels]
-        found = [labels == i for i in kept] or [mask > 0]
-        for region in found:
-            if region.any():
-                rows, columns = np.nonzero(region)
-                numbers.append(number)
-                regions.append(region.astype(np.uint8))
-                centres.append([(rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2])
-    shape = (0, *masks.shape[1:])
-    return (
-        np.array(numbers, int),
-        np.array(regions, np.uint8).reshape(-1, *shape[1:]),
-        (np.array(centres, float).reshape(-1, 2)),
+    types, images, number, region = [], [], [], []
+    marked = [i for i in range(len(masks)) if masks[i].any()]
+    for i in sorted(marked, key=lambda i: defects[i]):
+        if not number or defects[i] != defects[number[-1]]:
+            types.append(len(images))
+        images.append(len(number))
+        labels, found = ndimage.label(masks[i], np.ones((3, 3)))
+        sizes = np.bincount(labels.ravel(), minlength=found + 1)
+        kept = [labels == k for k in range(1, found + 1) if sizes[k] >= min_pixels]
+        own = [masks[i] > 0, *(kept if found > 1 else [])]
+        number += [i] * len(own)
+        region += own
+    bounds = [ndimage.find_objects(x.astype(int))[0] for x in region]
+    centre = [[(axis.start + axis.stop - 1) / 2 for axis in bound] for bound in bounds]
+    return Pieces(
+        np.array([*types, len(images)]),
+        np.array([*images, len(number)]),
+        np.array(number, int),
+        np.array(region, np.uint8).reshape(-1, *masks.shape[1:]),
+        np.array(centre, np.float32).reshape(-1, 2),
     )

@@ -8,9 +8,10 @@ from ml_collections import ConfigDict
 
 from prn_jax.synthesis import augment
 from prn_jax.synthesis.augment import Draws
+from prn_jax.synthesis.blending import blend, is_grey, to_grey
 from prn_jax.synthesis.extended import Extend
 from prn_jax.synthesis.foreground import foreground_points
-from prn_jax.synthesis.simulated import Simulate, blend, roughness
+from prn_jax.synthesis.simulated import Simulate, roughness
 from prn_jax.synthesis.textures import load_textures
 
 KINDS = ("normal", "seen", "extended", "simulated")
@@ -56,9 +57,15 @@ class SampleMaker:
             data_dir=config.data.data_dir,
             exclude=config.category,
         )
-        self._simulate = Simulate(size, tf.constant(self.textures), config.synthesis, is_object)
+        # On a grey product colour alone would give an anomaly away.
+        grey = is_grey(normal)
+        if grey:
+            self.textures = to_grey(self.textures).numpy()
+        self._simulate = Simulate(
+            size, tf.constant(self.textures), config.synthesis, is_object, grey
+        )
         if self._has_seen:
-            self._extend = Extend(seen, seen_mask, config.synthesis)
+            self._extend = Extend(seen, seen_mask, seen_defect, config.synthesis, grey)
         self._min_pixels = max(1, round(config.synthesis.min_area * size[0] * size[1]))
         self._roughness = tf.constant(roughness(normal))
 
@@ -80,7 +87,9 @@ class SampleMaker:
         seed = tf.random.experimental.stateless_fold_in(tf.stack([self._seed, high]), low)
         branches = [lambda: self._normal(index, seed)]
         if self._has_seen:
-            branches += [lambda: self._seen_one(index, seed), lambda: self._extended(index, seed)]
+            # Defects too small for the image size leave nothing to paste.
+            extended = self._extended if len(self._extend) else self._simulated
+            branches += [lambda: self._seen_one(index, seed), lambda: extended(index, seed)]
         else:
             branches += [lambda: self._simulated(index, seed)] * 2
         branches.append(lambda: self._simulated(index, seed))
@@ -116,45 +125,24 @@ class SampleMaker:
         return tf.cond(draws.chance(probability), change, lambda: (image, mask))
 
     def _extended(self, index, seed):
-        points = self._points[index]
-        return self._until_visible(
-            index,
-            seed,
-            lambda image, foreground, draws: self._extend(image, foreground, points, draws),
-            contrast=0.0,  # real defects are as plain as they are
+        image, mask = self._extend(
+            self._normals[index], self._foreground[index] > 0, self._points[index], Draws(seed)
         )
+        return self._or_square(image, mask, index, seed)
 
     def _simulated(self, index, seed):
+        # Where the image is rough by itself, an anomaly must stand out from that.
         contrast = self._config.simulated_contrast * self._roughness[index]
-        return self._until_visible(index, seed, self._simulate, contrast)
+        image, mask = self._simulate(
+            self._normals[index], self._foreground[index] > 0, contrast, seed
+        )
+        return self._or_square(image, mask, index, seed)
 
-    def _until_visible(self, index, seed, synthesise, contrast):
-        """Draws anew until the anomaly shows; the mask covers only what really changed.
-
-        Where the image is rough by itself, half of the mask must change by `contrast` more.
-        """
-        normal = self._normals[index]
-        foreground = self._foreground[index] > 0
-        least = self._config.visible_change
-
-        def attempt(number, image, mask, shows):
-            draws = Draws(tf.random.experimental.stateless_fold_in(seed, number))
-            image, mask = synthesise(normal, foreground, draws)
-            change = tf.where(mask, _difference(normal, image), 0)
-            mask = change >= least
-            plain = change >= tf.cast(tf.math.ceil(least + contrast), change.dtype)
-            count, plainly = (tf.math.count_nonzero(x, dtype=tf.int32) for x in (mask, plain))
-            return number + 1, image, mask, (count >= self._min_pixels) & (2 * plainly >= count)
-
-        def unseen(number, image, mask, shows):
-            return ~shows & (number < self._config.attempts)
-
-        start = (tf.constant(0), normal, tf.zeros_like(foreground), tf.constant(False))
-        _, image, mask, _ = tf.while_loop(unseen, attempt, start)
+    def _or_square(self, image, mask, index, seed):
         image, mask = tf.cond(
-            tf.math.count_nonzero(mask, dtype=tf.int32) < self._min_pixels,
-            lambda: self._square(normal, self._points[index], Draws(seed)),
-            lambda: (tf.where(mask[..., None], image, normal), mask),
+            tf.reduce_any(mask),
+            lambda: (image, mask),
+            lambda: self._square(self._normals[index], self._points[index], Draws(seed)),
         )
         return image, tf.cast(mask, tf.uint8)
 
@@ -169,8 +157,3 @@ class SampleMaker:
         # Modulo 256: each value moves by 128.
         other = normal + tf.constant(128, tf.uint8)
         return blend(normal, other, mask, tf.constant(1.0)), mask
-
-
-def _difference(a, b):
-    """Largest difference over the channels of uint8 [h, w, 3], int32 [h, w]."""
-    return tf.cast(tf.reduce_max(tf.maximum(a, b) - tf.minimum(a, b), axis=-1), tf.int32)

@@ -13,7 +13,11 @@ from ml_collections import ConfigDict
 
 from prn_jax.synthesis import augment
 from prn_jax.synthesis.augment import Draws
+from prn_jax.synthesis.blending import blend, count, difference, shown_part, to_grey
 from prn_jax.synthesis.perlin import PerlinNoise
+
+# Side of the window in which an anomaly must show, as a share of the image's.
+_WINDOW = 1 / 16
 
 
 class Simulate:
@@ -25,29 +29,65 @@ class Simulate:
       config: `config.synthesis`.
       self_source: whether the image itself may be the content, as for objects; on a texture
         DiffusionAD takes foreign textures only.
+      grey: whether everything that is pasted is grey, as the product is.
     """
 
     def __init__(
-        self, size: tuple[int, int], textures: tf.Tensor, config: ConfigDict, self_source: bool
+        self,
+        size: tuple[int, int],
+        textures: tf.Tensor,
+        config: ConfigDict,
+        self_source: bool,
+        grey: bool = False,
     ):
-        self._size, self._textures, self._config = size, textures, config
+        self._size, self._textures, self._config, self._grey = size, textures, config, grey
+        self._window = 2 * round(_WINDOW * min(size) / 2) + 1
+        self._min_pixels = max(1, round(config.min_area * size[0] * size[1]))
         self._noise = PerlinNoise(*size, config.perlin_max_exponent)
         self._self_chance = config.self_source if self_source else 0.0
 
     def __call__(
-        self, image: tf.Tensor, foreground: tf.Tensor, draws: Draws
+        self, image: tf.Tensor, foreground: tf.Tensor, contrast: tf.Tensor, seed: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """One attempt.
+        """Draws anew until the anomaly shows.
 
         Args:
           image: a normal image, uint8 [h, w, 3].
           foreground: where the product is, bool [h, w].
-          draws: random numbers.
+          contrast: half of the anomaly changes by so many grey levels more than
+            `config.visible_change`, float32.
+          seed: int32 [2].
 
         Returns:
-          The image with anomalies, uint8 [h, w, 3], and where they may show, bool [h, w]: both may
-          turn out empty.
+          The image with anomalies, uint8 [h, w, 3], and where they are, bool [h, w]: those of the
+          last attempt when all failed, and nowhere if even they were too small. Outside of it the
+          image is the normal one.
         """
+        share = self._config.visible_share
+        least = self._config.visible_change
+        plain = tf.cast(tf.math.ceil(least + contrast), tf.int32)
+
+        def attempt(number, made, mask, shows):
+            draws = Draws(tf.random.experimental.stateless_fold_in(seed, number))
+            made, shape = self.once(image, foreground, draws)
+            change = difference(image, made)
+            mask = shown_part(change >= least, shape, share, self._window)
+            area = count(mask)
+            shows = (area >= self._min_pixels) & (area >= share * count(shape))
+            return number + 1, made, mask, shows & (2 * count(mask & (change >= plain)) >= area)
+
+        def unseen(number, made, mask, shows):
+            return ~shows & (number < self._config.attempts)
+
+        start = (tf.constant(0), image, tf.zeros_like(foreground), tf.constant(False))
+        _, made, mask, _ = tf.while_loop(unseen, attempt, start)
+        mask &= count(mask) >= self._min_pixels
+        return tf.where(mask[..., None], made, image), mask
+
+    def once(
+        self, image: tf.Tensor, foreground: tf.Tensor, draws: Draws
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One attempt: the image with anomalies and their region, which may both be empty."""
         shape = self._shape(draws) & foreground
         opacity = draws.uniform(*self._config.simulated_opacity)
         return tf.cond(
@@ -67,6 +107,7 @@ class Simulate:
         is_self = draws.chance(self._self_chance)
         source = tf.cond(is_self, lambda: image, lambda: tf.gather(self._textures, texture))
         source = augment.three_of_ten(source, draws, self._config.operations)
+        source = to_grey(source) if self._grey else source
         order = draws.seed(2)
         return tf.cond(is_self, lambda: self._shuffle(source, order), lambda: source)
 
@@ -81,21 +122,6 @@ class Simulate:
             index = tf.concat([index, tf.range(cells * pixels, size)], 0)
             image = tf.gather(image, index, axis=axis)
         return image
-
-
-def blend(image: tf.Tensor, content: tf.Tensor, weight: tf.Tensor, opacity: tf.Tensor) -> tf.Tensor:
-    """`image + opacity * weight * (content - image)`.
-
-    Args:
-      image: uint8 [h, w, 3].
-      content: uint8 [h, w, 3].
-      weight: bool, or float32 in [0, 1], [h, w].
-      opacity: scalar in [0, 1].
-    """
-    weight = (tf.cast(weight, tf.float32) * opacity)[..., None]
-    below = tf.cast(image, tf.float32)
-    mixed = below + weight * (tf.cast(content, tf.float32) - below)
-    return tf.cast(tf.round(mixed), tf.uint8)
 
 
 def roughness(images: np.ndarray) -> np.ndarray:
