@@ -77,10 +77,10 @@ def test_the_part_that_shows_is_told_by_its_neighbourhood(share):
 def test_simulated_anomalies_stay_on_the_foreground_and_change_nothing_else():
     config = default.get_config().synthesis
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (64, 48, 3)).astype(np.uint8)
+    image = rng.integers(0, 256, (64, 48, 1)).repeat(3, -1).astype(np.uint8)
     on = np.zeros((64, 48), bool)
     on[10:50, 8:40] = True
-    stuff = rng.integers(0, 256, (3, 64, 48, 3)).astype(np.uint8)
+    stuff = rng.integers(0, 256, (3, 64, 48, 1)).repeat(3, -1).astype(np.uint8)
     simulate = Simulate((64, 48), tf.constant(stuff), config, self_source=True)
     holes = 0
     for number in range(12):
