@@ -29,7 +29,7 @@ def samples_sheet(config: ConfigDict, data: CategoryData, columns: int = 8) -> I
         ("normal", [(data.train.image[i], data.train.id[i].split("/")[-1]) for i in normal]),
         (
             f"foreground: {data.foreground.mean():.0%} of the image" if data.is_object
-            else "foreground: everywhere (no object found that stands out from the corners)",
+            else "foreground: everywhere (no object found that stands out surely)",
             [(_dim(data.train.image[i], data.foreground[i]), "") for i in normal],
         ),
         (

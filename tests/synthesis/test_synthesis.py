@@ -244,6 +244,44 @@ def test_an_object_is_found_and_a_texture_is_all_foreground():
     assert found.all()
 
 
+def boards(product, shape=(128, 144)):
+    """Boards with tracks and holes, each a little shifted, and where the product lies on each."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    pictures, masks = [], []
+    for _ in range(12):
+        dy, dx = rng.integers(-4, 5, 2)
+        picture = np.where(((x + dx) % 24 < 6)[..., None], [60, 40, 30], [180, 110, 90])
+        hole = ((x + dx) % 24 - 15) ** 2 + ((y + dy) % 20 - 10) ** 2 < 25
+        picture = np.where(hole[..., None], [20, 20, 20], picture)
+        dy, dx = rng.integers(-2, 3, 2)
+        body = (abs(y + dy - 52) < 24) & (abs(x + dx - 70) < 28)
+        leads = (abs(abs(x + dx - 70) - 16) < 5) & (abs(y + dy - 88) < 14)
+        if product:
+            picture = np.where(body[..., None], [25, 25, 30], picture)
+            picture = np.where(leads[..., None], [200, 200, 200], picture)
+        masks.append(body | leads)
+        pictures.append(np.clip(picture + rng.normal(0, 5, (*shape, 3)), 0, 255))
+    return np.stack(pictures).astype(np.uint8), np.stack(masks)
+
+
+def test_an_aligned_product_is_found_on_a_structured_background():
+    pictures, products = boards(product=True)
+    found, is_object = foreground.estimate_foreground(pictures)
+    assert is_object
+    for mask, product in zip(found > 0, products):
+        assert (mask & product).sum() / (mask | product).sum() > 0.7
+        assert (mask & product).sum() > 0.9 * product.sum()
+        assert not mask[:, :16].any()  # neither tracks nor holes
+        assert not mask[:, -16:].any()
+
+
+def test_a_structure_without_a_product_is_all_foreground():
+    found, is_object = foreground.estimate_foreground(boards(product=False)[0])
+    assert not is_object
+    assert found.all()
+
+
 def test_foreground_points_lie_on_it():
     masks = np.zeros((2, 20, 30), np.uint8)
     masks[0, 3:7, 5:25] = 1
