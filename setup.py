@@ -51,6 +51,7 @@ setup(
         "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32"],
         "dev": [
             "beartype>=0.23",
+            "hypothesis>=6.100",
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "ruff>=0.17.6",

@@ -28,12 +28,14 @@ flags.mark_flags_as_required(["checkpoint", "output"])
 def main() -> None:
     """Exports and compares."""
     from prn_jax import export, predict
+    from prn_jax.errors import shown
 
+    export.prepare(FORMAT.value, OUTPUT.value)
     detector = predict.load(CHECKPOINT.value, STEP.value)
     images = _images(detector)
     checked = export.export(detector, FORMAT.value, OUTPUT.value, images, BATCH_SIZE.value)
     print(
-        f"{OUTPUT.value}: equals the checkpoint on {checked.images} images (maps within "
+        f"{shown(OUTPUT.value)}: equals the checkpoint on {checked.images} images (maps within "
         f"{checked.map_difference:.1e}, scores within {checked.score_difference:.1e}); "
         f"{checked.images_per_s:.1f} images/s, "
         f"the checkpoint {checked.checkpoint_images_per_s:.1f}",
@@ -43,20 +45,25 @@ def main() -> None:
 
 def _images(detector):
     import numpy as np
+    from absl import logging
 
-    from prn_jax import images, predict, results
-    from prn_jax.errors import UserError
+    from prn_jax import images, results
+    from prn_jax.errors import UserError, shown
 
     if IMAGES.value:
         folder = pathlib.Path(IMAGES.value).expanduser()
-        paths = sorted(x for x in folder.rglob("*") if x.suffix.lower() in images.EXTENSIONS)
+        paths, skipped = images.find_images(folder)
+        if skipped:
+            logging.warning("--images: not used: %s", images.describe(skipped))
         if not paths:
-            raise UserError(f"--images={IMAGES.value}: there are no images")
-        return np.stack([predict.fit(images.read_array(x), detector.image_size) for x in paths])
+            raise UserError(f"--images={shown(IMAGES.value)}: no such folder, or no images in it")
+        white = getattr(detector, "white_level", 0)
+        arrays = (images.read_array(x, white) for x in paths)
+        return np.stack([images.resize(x, detector.image_size) for x in arrays])
     folder = pathlib.Path(CHECKPOINT.value).expanduser().resolve()
     folder = folder.parent if folder.name == "checkpoints" else folder
     if not (folder / "predictions.npz").exists():
-        raise UserError(f"no test images in {folder}: give a folder of images as --images")
+        raise UserError(f"no test images in {shown(folder)}: give a folder of images as --images")
     return results.read_predictions(folder)["image"]
 
 

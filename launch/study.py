@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, afterwards="the same command goes on")

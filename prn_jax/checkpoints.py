@@ -1,12 +1,14 @@
 """Checkpoints: saved by Orbax in the background; one is everything that prediction needs.
 
 A checkpoint has three items: `model` (params, batch_stats, backbone, prototypes), `optimizer`
-(its state and the step) and `config` (JSON). Orbax writes each under a temporary name and renames
-it when it is complete, so a process killed while saving leaves the previous checkpoint whole.
+(its state and the step) and `config` (JSON: what the run is made of, see identity.py). Orbax writes
+each under a temporary name and renames it when it is complete, so a process killed while saving
+leaves the previous checkpoint whole.
 """
 
 import contextlib
-import json
+import glob
+import os
 import pathlib
 import re
 import shutil
@@ -16,27 +18,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
 from prn_jax import mesh as meshes
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, is_plain, shown
+from prn_jax.identity import Identity
 
 Tree = Any
-
-# Fields that may change between a run and its continuation: they say where things are, how often
-# something is written, or how evaluation is cut into batches, and change no parameter.
-FREE_FIELDS = (
-    "category",
-    "checkpoint",
-    "data.data_dir",
-    "data.manual_dir",
-    "epochs",
-    "eval_batch_size",
-    "eval_every",
-    "log_every",
-    "score_pixels",
-    "total_steps",
-)
 
 
 class Checkpoints:
@@ -49,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 2, read_only: bool = False):
-        self.folder = epath.Path(folder)
+        self.folder = _GlobProof(folder) if "://" not in str(folder) else epath.Path(folder)
         with _writable(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -70,7 +57,7 @@ class Checkpoints:
         """Steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, model: Tree, optimizer: Tree, config: dict) -> None:
+    def save(self, step: int, model: Tree, optimizer: Tree, identity: Identity) -> None:
         """Starts to save; returns when the arrays are copied from the device.
 
         Raises:
@@ -81,7 +68,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(model),
             optimizer=ocp.args.StandardSave(optimizer),
-            config=ocp.args.JsonSave(config),
+            config=ocp.args.JsonSave(identity.as_json()),
         )
         with _writable(self.folder):
             self._manager.save(step, args=items)
@@ -102,14 +89,23 @@ class Checkpoints:
 
         The given leaves, arrays or `jax.ShapeDtypeStruct`s with a sharding, say where each array
         is to lie.
+
+        Raises:
+          UserError: the checkpoint's arrays are others, or cannot be read.
         """
-        restored = self._manager.restore(
-            self.latest_step() if step is None else step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model),
-                optimizer=ocp.args.StandardRestore(optimizer),
-            ),
+        step = self.latest_step() if step is None else step
+        items = ocp.args.Composite(
+            model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer)
         )
+        try:
+            restored = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            folder = self.folder / str(step)
+            raise UserError(
+                f"{shown(folder)} is damaged or of another network than the configuration's: set "
+                "its fields back, give another --workdir, or remove this folder to go on from the "
+                "checkpoint before it"
+            ) from error
         return restored.model, restored.optimizer
 
     def restore_model(self, step: int | None = None) -> Tree:
@@ -124,12 +120,18 @@ class Checkpoints:
         items = ocp.args.Composite(model=ocp.args.StandardRestore(abstract, fallback_sharding=here))
         return self._manager.restore(step, args=items).model
 
-    def config(self, step: int | None = None) -> dict:
-        """The configuration that a checkpoint was made with."""
+    def identity(self, step: int | None = None) -> Identity:
+        """What a checkpoint (the newest by default) was made of."""
         items = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return self._manager.restore(
-            self.latest_step() if step is None else step, args=items
-        ).config
+        step = self.latest_step() if step is None else step
+        return Identity.from_json(self._manager.restore(step, args=items).config)
+
+    def num_prototypes(self) -> int | None:
+        """Prototypes per scale of the newest checkpoint, None without one."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        return self._manager.item_metadata(step).model["prototypes"]["scale_0"]["maps"].shape[0]
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk."""
@@ -142,39 +144,28 @@ class Checkpoints:
             self._manager.close()
 
 
-def as_dict(config: ConfigDict) -> dict:
-    """A configuration as plain JSON types."""
-    return json.loads(config.to_json())
-
-
-def check_same(saved: dict, config: dict, where: str) -> None:
-    """Refuses to go on where a field that matters has changed.
+def check_name(folder: str | os.PathLike) -> None:
+    """Refuses a folder whose name TensorStore does not take as it is, before anything is computed.
 
     Raises:
-      UserError: naming the fields, their old and their new values.
+      UserError: naming it.
     """
-    old, new = _flatten(saved), _flatten(config)
-    changed = [
-        f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, "absent") != new.get(name, "absent")
-        and not any(name == free or name.startswith(free + ".") for free in FREE_FIELDS)
-    ]
-    if changed:
+    if not is_plain(os.fspath(folder)):
         raise UserError(
-            f"{where} was made with another configuration ({'; '.join(changed)}): give another "
-            "--workdir, set the field back, or pass --allow_config_change"
+            f"no checkpoint can be written to {shown(folder)}: its name holds a backslash, a "
+            "control character or bytes that are not UTF-8; rename the folder, or give another "
+            "--workdir"
         )
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+class _GlobProof(type(epath.Path("/"))):
+    """A local path below which Orbax finds its files, whatever the folders are called.
+
+    etils takes `[2]` in the name of a folder for a part of the pattern.
+    """
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return (self / found for found in glob.glob(pattern, root_dir=os.fspath(self)))
 
 
 @contextlib.contextmanager
@@ -194,6 +185,6 @@ def _writable(folder: epath.Path) -> Iterator[None]:
 
 def _unwritable(folder: epath.Path, reason: str) -> UserError:
     return UserError(
-        f"cannot write checkpoints to {folder}: {reason}; "
+        f"cannot write checkpoints to {shown(folder)}: {reason}; "
         "free some space or give another --workdir (earlier checkpoints are kept)"
     )

@@ -1,4 +1,6 @@
-"""The exceptions that programs turn into one line."""
+"""The exceptions that programs turn into one line, and how paths are written in it."""
+
+import os
 
 
 class UserError(Exception):
@@ -10,7 +12,19 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM) and can go on.
+    """The program was asked to stop (SIGTERM) and what it had is saved.
 
-    Programs in `launch/` print the message and exit with status 0.
+    Programs in `launch/` print the message and exit with status 143 (128 + SIGTERM), as job
+    systems expect of what did not come to its end.
     """
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as it can be printed: in one line, what isn't text being escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
+def is_plain(name: str) -> bool:
+    """Whether every library and table takes a name as it is: UTF-8 text, in one line."""
+    return not any(c == "\\" or c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in name)

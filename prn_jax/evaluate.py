@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from prn_jax import mesh as meshes
-from prn_jax import metrics
 from prn_jax.models.prn import PRN
 
 Tree = Any
@@ -51,9 +50,27 @@ def make_eval_step(
     return jax.jit(mapped)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # A compiled step per network, however many a process holds.
 def _cached_step(model: PRN, score_pixels: int, mesh: Mesh):
     return make_eval_step(model, score_pixels, mesh)
+
+
+def fixed_size(count: int, batch_size: int, mesh: Mesh) -> int:
+    """Images that are computed at a time, of which there are few sizes: each compiles anew.
+
+    Args:
+      count: images there are.
+      batch_size: at most so many.
+      mesh: devices, among which they are divided.
+
+    Returns:
+      The least of 1, 4, 16, ... and `batch_size`, each rounded up to a multiple of the devices,
+      that holds all images; without one, the largest.
+    """
+    size = 1
+    while size < min(count, batch_size):
+        size *= 4
+    return -(-max(1, min(size, batch_size)) // mesh.size) * mesh.size
 
 
 def predict(
@@ -68,8 +85,8 @@ def predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Anomaly maps and scores of images that every process holds.
 
-    The last batch is filled up with blank images whose results are dropped: each image counts
-    once, whatever the number of devices.
+    A batch that isn't full is filled up with blank images whose results are dropped: each image
+    counts once, whatever the number of devices, and a few sizes (`fixed_size`) are compiled.
 
     Args:
       model: the network.
@@ -84,7 +101,7 @@ def predict(
       Maps [n, h, w] float32 in [0, 1] and scores [n] float32 in [0, 1].
     """
     step = _cached_step(model, score_pixels, mesh)
-    size = -(-max(1, min(batch_size, len(images))) // mesh.size) * mesh.size
+    size = fixed_size(len(images), batch_size, mesh)
     maps = np.empty(images.shape[:3], np.float32)
     scores = np.empty(len(images), np.float32)
     pending = []
@@ -107,30 +124,3 @@ def predict(
                     if start + size < len(images):
                         break
     return maps, scores
-
-
-def thresholds(images: metrics.Ranking, pixels: metrics.Ranking) -> dict[str, float] | None:
-    """From which score an image, and from which value a pixel, is called anomalous.
-
-    Args:
-      images: ranking of the test split's images.
-      pixels: of its pixels.
-
-    Returns:
-      `image` and `pixel`, each where F1 is highest; None where the test split holds one class only.
-    """
-    best = metrics.f1_max(images), metrics.f1_max(pixels)
-    if None in best:
-        return None
-    return {"image": best[0][1], "pixel": best[1][1], "source": "F1-max on the test split"}
-
-
-def thresholds_from_normals(maps: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """The least thresholds that call none of these normal images, and no pixel of them, anomalous.
-
-    Args:
-      maps: float32 [n, h, w].
-      scores: float32 [n].
-    """
-    image, pixel = (float(np.nextafter(x.max(), np.float32(np.inf))) for x in (scores, maps))
-    return {"image": image, "pixel": pixel, "source": "above all normal images"}

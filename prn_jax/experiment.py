@@ -1,9 +1,9 @@
 """A run: for each category load the data, train, evaluate, write the results."""
 
-import os
-import pathlib
+import contextlib
+import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prn_jax import evaluate, results
+from prn_jax import evaluate, pretrained, results, thresholds
 from prn_jax import mesh as meshes
 from prn_jax import train as training
-from prn_jax.checkpoints import Checkpoints, as_dict, check_same
-from prn_jax.errors import UserError
-from prn_jax.metrics import evaluate_maps, evaluate_rankings, rank_images, rank_pixels
+from prn_jax.checkpoints import Checkpoints, check_name
+from prn_jax.errors import UserError, shown
+from prn_jax.identity import Identity, as_dict, lock
+from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 
 
 def train_and_evaluate(
@@ -27,13 +28,14 @@ def train_and_evaluate(
     """Trains and evaluates one category, or one after another with `config.category = "all"`.
 
     A category whose results are there is not run again; one that was interrupted goes on from its
-    newest checkpoint.
+    newest checkpoint. Either only if it is made of the same.
 
     Args:
       config: see configs/default.py.
       workdir: `<workdir>/<category>` receives checkpoints, TensorBoard events and results;
         `<workdir>/results.{json,md}` the table.
-      allow_config_change: go on from a checkpoint whose configuration differs.
+      allow_config_change: go on from what is there although it is made of something else: train
+        what steps are left, and evaluate anew.
 
     Returns:
       The metrics by category.
@@ -45,26 +47,34 @@ def train_and_evaluate(
     folder = epath.Path(workdir).expanduser()
     if "://" not in workdir:
         folder = folder.resolve()  # Orbax wants absolute paths
+    meshes.cache_compilations()
+    mesh = meshes.create_mesh()
+    meshes.check_batch_size("batch_size", config.batch_size, mesh)
+    names = meshes.from_main("finding the categories", lambda: categories(config))
+    metrics = {}
+    for name in names:
+        check_name(folder / name)
+        check = functools.partial(_finished_metrics, config, folder / name, allow_config_change)
+        metrics[name] = meshes.from_main(f"looking for {name}", check)
+    waiting = [name for name in names if metrics[name] is None]
+    if not all(_has_checkpoint(folder / name) for name in waiting):
+        pretrained.check(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write to --workdir={workdir}: {error.strerror or error}"
+            f"cannot write to --workdir={shown(workdir)}: {error.strerror or error}"
         ) from error
-    _cache_compilations()
-    mesh = meshes.create_mesh()
-    meshes.check_batch_size("batch_size", config.batch_size, mesh)
-    names = categories(config)
-    finished = {}
-    for name in names:
+    for name in waiting:
         with config.unlocked():
             config.category = name
-        finished[name] = _run_category(config, folder / name, mesh, allow_config_change)
+        with _locked(folder / name):
+            metrics[name] = _run_category(config, folder / name, mesh, allow_config_change)
     if meshes.is_main():
         results.write_table(folder, config.data.name)
         print(results.render_table(folder, config.data.name), flush=True)
-        print(f"\nresults: {folder / 'results.md'}", flush=True)
-    return finished
+        print(f"\nresults: {shown(folder / 'results.md')}", flush=True)
+    return metrics
 
 
 def checked(config: ConfigDict) -> ConfigDict:
@@ -98,8 +108,12 @@ def checked(config: ConfigDict) -> ConfigDict:
             raise UserError(f"{field}={value}: give a number greater than 0")
     if config.num_seen < 0:
         raise UserError(f"num_seen={config.num_seen}: give 0 or more")
-    if not config.attention.divisions or min(config.attention.divisions) < 1:
-        raise UserError(f"attention.divisions={config.attention.divisions}: give numbers >= 1")
+    if not config.attention.divisions or not all(
+        isinstance(x, int) and x >= 1 for x in config.attention.divisions
+    ):
+        raise UserError(
+            f"attention.divisions={config.attention.divisions}: give whole numbers >= 1"
+        )
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={config.dtype!r}: give auto, float32 or bfloat16")
     return config
@@ -111,25 +125,69 @@ def categories(config: ConfigDict) -> list[str]:
 
     if config.category != "all":
         return [config.category]
-    found = datasets.available(config.data.name, config.data.manual_dir, config.data.data_dir)
-    missing = [x for x in datasets.categories(config.data.name, config.data.manual_dir)
-               if x not in found]  # fmt: skip
-    if missing:
-        logging.warning("not in %s, left out: %s", config.data.manual_dir, ", ".join(missing))
-    return found
+    return datasets.all_categories(config.data.name, config.data.manual_dir, config.data.data_dir)
+
+
+def finished(
+    config: ConfigDict, folder: epath.Path, allow_config_change: bool = False
+) -> dict[str, Any] | None:
+    """A category's run that came to its end, made of what `config` and the data are now.
+
+    Args:
+      config: of the run; `config.category` is named.
+      folder: the category's.
+      allow_config_change: one that is made of something else does not count.
+
+    Raises:
+      UserError: the category's data is not there, or the run is made of something else.
+    """
+    if not (folder / "results.json").exists():
+        return None
+    run = results.read_run(folder)
+    saved = Identity.of_run(run)
+    now = saved.today(config, _fingerprint(config) if saved.fingerprint else "")
+    if not allow_config_change:
+        saved.check(now, f"the finished run in {shown(folder)}")
+    return None if saved.differences(now) else run
+
+
+def _fingerprint(config: ConfigDict) -> str:
+    """Of the data of `config.category`; where there is none, the error says where to get it."""
+    from prn_jax import datasets
+
+    where = {"manual_dir": config.data.manual_dir, "data_dir": config.data.data_dir}
+    return datasets.fingerprint(config.data.name, config.category, **where)
+
+
+def _finished_metrics(config, folder, allow_config_change) -> dict[str, float | None] | None:
+    config = config.copy_and_resolve_references()
+    config.category = folder.name
+    run = finished(config, folder, allow_config_change)
+    if run is None:
+        _fingerprint(config)
+        return None
+    logging.info("%s: finished before, see %s", folder.name, shown(folder / "results.json"))
+    return run["metrics"]
+
+
+def _has_checkpoint(folder: epath.Path) -> bool:
+    """Whether a run goes on from a checkpoint, which has the backbone's weights in it."""
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+
+
+@contextlib.contextmanager
+def _locked(folder: epath.Path) -> Iterator[None]:
+    """Process 0 holds the folder; where another run does, no process goes on."""
+    with contextlib.ExitStack() as held:
+        meshes.from_main(f"locking {folder.name}", lambda: held.enter_context(lock(folder)))
+        yield
 
 
 def _run_category(
     config: ConfigDict, folder: epath.Path, mesh: Mesh, allow_config_change: bool
 ) -> dict[str, float | None]:
-    """Trains and evaluates `config.category`, unless its results are there."""
-    if (folder / "results.json").exists():
-        run = results.read_run(folder)
-        if not allow_config_change:
-            check_same(run["config"], as_dict(config), f"the finished run in {folder}")
-        logging.info("%s: finished before, see %s", config.category, folder / "results.md")
-        return run["metrics"]
-
+    """Trains and evaluates `config.category`."""
     # TensorFlow is needed from here on: it reads the images.
     from prn_jax import input_pipeline
 
@@ -162,10 +220,19 @@ def _run_category(
 
     def evaluate_during(step, model, variables):
         maps, scores = _predict(config, model, variables, data.test, mesh)
-        metrics = evaluate_maps(maps, data.test.mask, scores, data.test.label)
+        metrics = evaluate_rankings(*_rankings(data.test, maps, scores))
         writer(step, {f"test/{k}": v for k, v in metrics.items() if v is not None})
         logging.info("step %d: %s", step, _one_line(metrics))
 
+    identity = Identity(
+        config.data.name,
+        config.category,
+        data.fingerprint,
+        tuple(data.seen.id),
+        training.total_steps(config, len(data.train)),
+        data.white_level,
+        as_dict(config),
+    )
     try:
         trained = training.train(
             config,
@@ -173,6 +240,7 @@ def _run_category(
             make_batches,
             checkpoints,
             mesh,
+            identity,
             write_scalars=writer,
             evaluate=evaluate_during,
             allow_config_change=allow_config_change,
@@ -182,16 +250,16 @@ def _run_category(
         checkpoints.close()
     began = time.monotonic()
     maps, scores = _predict(config, trained.model, trained.variables, data.test, mesh)
-    rankings = rank_images(scores, data.test.label), rank_pixels(maps, data.test.mask)
+    rankings = _rankings(data.test, maps, scores)
     metrics = evaluate_rankings(*rankings)
-    thresholds = evaluate.thresholds(*rankings)
-    if thresholds is None:
-        # There are no defects to weigh against, perhaps nothing to test on at all.
-        normal = data.test.select(data.test.label == 0)
-        normal = normal if len(normal) else data.train
-        thresholds = evaluate.thresholds_from_normals(
-            *_predict(config, trained.model, trained.variables, normal, mesh)
-        )
+    chosen = thresholds.choose(
+        scores,
+        data.test.label,
+        maps,
+        data.test.mask,
+        trained_on=lambda: _predict(config, trained.model, trained.variables, data.train, mesh),
+        known=data.test.has_mask,
+    )
     timing = trained.timing | {
         "load_seconds": load_seconds,
         "evaluate_seconds": time.monotonic() - began,
@@ -201,11 +269,12 @@ def _run_category(
             "category": config.category,
             "dataset": config.data.name,
             "metrics": metrics,
-            "thresholds": thresholds,
-            "steps": trained.step,
+            "thresholds": chosen,
+            "steps": trained.identity.steps,
             "split": {"seed": config.split_seed, "seen": list(data.seen.id)},
             "test": _test_table(data.test, scores),
             "config": as_dict(config),
+            "identity": trained.identity.as_json(),
             "seed": config.seed,
             "provenance": results.provenance(),
             "timing": timing,
@@ -214,7 +283,8 @@ def _run_category(
         if len(data.test):
             _write_pictures(folder, data.test, maps, scores)
         # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
-        results.write_thresholds(checkpoints.folder, trained.step, thresholds)
+        deciding = chosen | {"score_pixels": config.score_pixels}
+        results.write_thresholds(checkpoints.folder, trained.identity.steps, deciding)
         results.write_predictions(folder, data.test.image, data.test.mask, maps)
         results.write_run(folder, run)
         logging.info("%s: %s", config.category, _one_line(metrics))
@@ -232,6 +302,12 @@ def _predict(config, model, variables, images, mesh):
         batch_size=config.eval_batch_size,
         score_pixels=config.score_pixels,
     )
+
+
+def _rankings(test, maps, scores):
+    """Of the images, and of the pixels of those whose mask is known."""
+    known = test.has_mask
+    return rank_images(scores, test.label), rank_pixels(maps[known], test.mask[known])
 
 
 def _test_table(test, scores: np.ndarray) -> list[dict[str, Any]]:
@@ -257,14 +333,6 @@ def _one_line(metrics: dict[str, float | None]) -> str:
 
 def _count(params: Any) -> int:
     return int(sum(x.size for x in jax.tree.leaves(params)))
-
-
-def _cache_compilations() -> None:
-    """Keeps compiled programs, so that a resumed run starts at once."""
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        folder = pathlib.Path(base).expanduser() / "prn_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class _ScalarWriter:

@@ -1,22 +1,157 @@
-"""Image and mask files of any kind, brought to what a record holds.
+"""Image and mask files of any kind, brought to what a record holds, and to the network's size.
 
-Records keep an 8-bit RGB or grey PNG or JPEG byte for byte. Everything else that Pillow opens (BMP,
-TIFF, 16-bit, CMYK, palette, alpha, EXIF rotation, ...) is decoded and encoded anew as an 8-bit RGB
-PNG, so that TensorFlow can decode every record.
+Which files are images, how they are decoded and how they are resized is decided here alone, for
+training, evaluation and prediction. Records keep an 8-bit RGB or grey PNG or JPEG byte for byte.
+Everything else that Pillow opens (BMP, TIFF, 16-bit, CMYK, palette, alpha, EXIF rotation, ...) is
+decoded and encoded anew as an 8-bit RGB PNG.
 """
 
+import dataclasses
+import functools
 import io
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
+from scipy import ndimage, sparse
 
-from prn_jax.errors import UserError
+from prn_jax import deep
+from prn_jax.errors import UserError, shown
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+# The files are the user's own, however large they and their metadata are.
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of 16-bit grey
+# What Pillow opens, but as a preview of a document, an icon, a film, or only with more software.
+_NO_PICTURES = (
+    *("BUFR", "CUR", "EPS", "FLI", "GRIB", "HDF5", "ICNS", "ICO", "IPTC", "MPEG", "PCD", "PSD"),
+    "WMF",
+)
+# Files that operating systems and programs put among the images.
+_JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})
+
+
+_BITS = (8, 10, 12, 14, 16)  # that cameras have
+_SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)  # of a pixel's area, see `resize_mask`
+_NEIGHBOURS = np.ones((3, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image file as it was found, turned upright.
+
+    Attributes:
+      levels: uint8 or uint16, [h, w] or [h, w, 3].
+      data: the file's bytes.
+      is_plain: whether TensorFlow, too, decodes `data` to `levels`: 8-bit grey or RGB PNG or JPEG.
+      pages: images in the file; `levels` is the first.
+      declared: the highest level that the file says it may hold; 0 where it doesn't say.
+    """
+
+    levels: np.ndarray
+    data: bytes
+    is_plain: bool
+    pages: int
+    declared: int
+
+
+# --- which files ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """The names' endings, in lower case, of the files that are taken for images."""
+    formats = _formats()
+    return frozenset(x for x, kind in Image.registered_extensions().items() if kind in formats)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(x for x in Image.OPEN if x not in _NO_PICTURES)
+
+
+def is_image(path: pathlib.Path) -> bool:
+    """Whether a file is taken for an image: by its name, and not hidden. A folder never is."""
+    return not why_skipped(path)
+
+
+def why_skipped(path: pathlib.Path) -> str:
+    """Says why a path is not taken for an image; "" where it is."""
+    if path.name.startswith(".") or path.name.lower() in _JUNK:
+        return "hidden or a system's"
+    if path.is_dir():
+        return "a folder"
+    if path.suffix.lower() not in extensions():
+        return "no type of image that Pillow reads"
+    # A link that leads nowhere is an image that can't be read, which its reader says.
+    return "" if path.is_file() or path.is_symlink() else "not a file but a device or a pipe"
+
+
+def find_images(
+    folder: pathlib.Path, besides: Iterable[str] = ()
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """Finds all image files below a folder.
+
+    Links to folders are followed, after the folders themselves, and none is read twice.
+
+    Args:
+      folder: where to look; where it does not exist both lists are empty.
+      besides: names of subfolders, right in `folder`, that are left out.
+
+    Returns:
+      The image files, and what was skipped: files that are none, hidden folders (as a whole), and
+      links to folders that were read already; both sorted.
+
+    Raises:
+      UserError: a folder can't be read.
+    """
+    if not folder.is_dir():
+        return [], []
+    # A link to a folder above would lead to what is none of this folder's.
+    read = {_identity(above) for above in folder.resolve().parents}
+    found, skipped, pending = [], [], [folder]
+    links: list[pathlib.Path] = []
+    while pending or links:
+        path = pending.pop() if pending else links.pop(0)
+        try:
+            if _identity(path) in read:
+                skipped.append(path)
+                continue
+            read.add(_identity(path))
+            entries = sorted(x for x in path.iterdir() if path != folder or x.name not in besides)
+        except OSError as error:
+            raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+        for entry in entries:
+            reason = why_skipped(entry)
+            if reason == "a folder":
+                (links if entry.is_symlink() else pending).append(entry)
+            else:
+                (skipped if reason else found).append(entry)
+    return sorted(found), sorted(skipped)
+
+
+def _identity(folder: pathlib.Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def describe(paths: list[pathlib.Path], most: int = 5) -> str:
+    """Counts and names what `find_images` skipped, with the reasons: one line."""
+    reasons: dict[str, list[pathlib.Path]] = {}
+    for path in paths:
+        reason = why_skipped(path) or "out of place"
+        reason = "out of place or read already" if reason == "a folder" else reason
+        reasons.setdefault(reason, []).append(path)
+    return "; ".join(
+        f"{len(some)} {reason}: {', '.join(map(shown, some[:most]))}"
+        f"{', ...' if len(some) > most else ''}"
+        for reason, some in reasons.items()
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def encode_png(array: np.ndarray) -> bytes:
@@ -26,39 +161,65 @@ def encode_png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_image(path: pathlib.Path) -> tuple[bytes, tuple[int, int]]:
+def read_picture(path: pathlib.Path) -> Picture:
+    """Reads an image file, its levels as they are.
+
+    Raises:
+      UserError: the file is unreadable, truncated, or its pixels are out of range.
+    """
+    return _read(path, erase=False)
+
+
+def is_deep(path: pathlib.Path) -> bool:
+    """Whether an image file has more than 8 bits, by its header; False where it can't be read."""
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            return deep.is_deep(image)
+    except Exception:  # Its reader says what is wrong.
+        return False
+
+
+def read_image(path: pathlib.Path, white: int = 0) -> tuple[bytes, tuple[int, int]]:
     """Reads an image file for a record.
 
     Args:
       path: the file.
+      white: see `to_uint8`.
 
     Returns:
-      The bytes of a PNG or JPEG file that decodes to uint8 `[h, w, 1 or 3]`, and `(h, w)`. 16-bit
-      images keep their high byte; transparency is dropped.
+      The bytes of a PNG or JPEG file that decodes to uint8 `[h, w, 1 or 3]`, and `(h, w)`.
+      Transparency is dropped.
 
     Raises:
-      UserError: the file is unreadable, truncated, or has floating-point pixels.
+      UserError: as `read_picture`.
     """
-    data, image = _open(path)
-    if _is_plain(data, image):
-        return data, (image.height, image.width)
-    array = _upright(path, image)
-    if array.ndim == 2:
-        array = np.stack([array] * 3, axis=-1)
-    return encode_png(array), array.shape[:2]
+    picture = read_picture(path)
+    return encode(picture, white), picture.levels.shape[:2]
 
 
-def read_array(path: pathlib.Path) -> np.ndarray:
+def encode(picture: Picture, white: int = 0) -> bytes:
+    """Returns what a record keeps of a picture: see `read_image`."""
+    return picture.data if picture.is_plain else encode_png(_rgb(to_uint8(picture.levels, white)))
+
+
+def read_array(path: pathlib.Path, white: int = 0) -> np.ndarray:
     """Reads an image file for prediction: the pixels that `read_image`'s bytes decode to.
 
     Returns:
       uint8 `[h, w, 3]`.
 
     Raises:
-      UserError: as `read_image`.
+      UserError: as `read_picture`.
     """
-    array = _upright(path, _open(path)[1])
-    return np.stack([array] * 3, axis=-1) if array.ndim == 2 else array
+    picture = read_picture(path)
+    if not white:  # It was trained on 8-bit images: better a guess than a black image.
+        white = white_level(max(picture.declared, int(picture.levels.max(initial=0))))
+    return _rgb(to_uint8(picture.levels, white))
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decodes a record's image: uint8 `[h, w, 3]`; the same as `read_array` of its file."""
+    return _rgb(_levels(data, Image.open(io.BytesIO(data)), erase=False))
 
 
 def read_mask(path: pathlib.Path) -> np.ndarray:
@@ -66,61 +227,204 @@ def read_mask(path: pathlib.Path) -> np.ndarray:
 
     A pixel counts as defective where its brightest channel reaches half of the full range. Files
     that nowhere get so bright (values 0 and 1, or class numbers) count wherever they are not 0.
+    Transparent pixels are not marked.
 
     Returns:
       uint8 `[h, w]` in {0, 255}.
 
     Raises:
-      UserError: the file is unreadable, truncated, or has floating-point pixels.
+      UserError: as `read_picture`.
     """
-    _, image = _open(path)
-    full = 65536 if image.mode in _WIDE else 256
-    array = _upright(path, image, keep_wide=True)
-    if array.ndim == 3:
-        array = array.max(axis=-1)
-    threshold = full // 2 if array.max(initial=0) >= full // 2 else 1
-    return np.where(array >= threshold, 255, 0).astype(np.uint8)
+    levels = _read(path, erase=True).levels
+    if levels.ndim == 3:
+        levels = levels.max(axis=-1)
+    half = 128 if levels.dtype == np.uint8 else 32768
+    marked = levels >= half if levels.max(initial=0) >= half else levels > 0
+    return np.where(marked, 255, 0).astype(np.uint8)
 
 
-def _open(path: pathlib.Path) -> tuple[bytes, Image.Image]:
+def white_level(highest: int) -> int:
+    """The white of the camera with the fewest bits that has a level: 255, 1023, 4095, ... 65535."""
+    return next(2**bits - 1 for bits in _BITS if highest < 2**bits)
+
+
+def to_uint8(levels: np.ndarray, white: int = 0) -> np.ndarray:
+    """Brings levels to 8 bits.
+
+    Args:
+      levels: of any shape; uint8, which stays as it is, or uint16.
+      white: the level of a 16-bit image that becomes 255, e.g. 4095 of a 12-bit camera; higher ones
+        are clipped. 0: the type's full range. With 2^k - 1 the k bits' highest 8 are kept.
+
+    Returns:
+      uint8, of the same shape.
+    """
+    levels = np.asarray(levels)
+    if levels.dtype == np.uint8:
+        return levels
+    scaled = levels.astype(np.uint32) * 256 // ((white or 65535) + 1)
+    return np.minimum(scaled, 255).astype(np.uint8)
+
+
+def _rgb(array: np.ndarray) -> np.ndarray:
+    return np.stack([array] * 3, axis=-1) if array.ndim == 2 else array
+
+
+def _read(path: pathlib.Path, erase: bool) -> Picture:
+    if not path.is_file():
+        what = "a link that leads nowhere" if path.is_symlink() else "no such file"
+        raise UserError(f"{shown(path)}: {'not a file' if path.exists() else what}")
     try:
         data = path.read_bytes()
-        image = Image.open(io.BytesIO(data))
-        image.load()  # Decodes everything: a truncated file shows only now.
+        if not data:
+            raise ValueError("the file is empty")
+        image = Image.open(io.BytesIO(data), formats=_formats())
+        levels = _levels(data, image, erase)
+        return Picture(
+            levels, data, _is_plain(data, image), _pages(image), deep.declared(data, image)
+        )
+    except MemoryError as error:
+        raise UserError(f"{shown(path)}: does not fit into memory") from error
+    except UserError as error:
+        raise UserError(f"{shown(path)}: {error}") from None
     except Exception as error:  # Pillow raises SyntaxError, ValueError, struct.error and more.
-        reason = str(error).replace(f"{path}", "").splitlines() or [""]
         raise UserError(
-            f"{path}: not a readable image ({type(error).__name__}: {reason[0]}); "
-            "replace or remove the file"
+            f"{shown(path)}: not a readable image ({_reason(error)}); replace or remove the file"
         ) from error
-    return data, image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "Pillow knows no such type"
+    first = (str(getattr(error, "strerror", None) or error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _is_plain(data: bytes, image: Image.Image) -> bool:
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        return False
+    # After loading: a rotation has been applied and is no longer in the EXIF data.
     if image.format == "PNG":
         depth, colour = data[24], data[25]  # of the header chunk, always the first
-        return depth == 8 and colour in (0, 2)  # grey, RGB
-    return image.format == "JPEG" and image.mode in ("L", "RGB")
+        return depth == 8 and colour in (0, 2) and not _turned(data)  # grey, RGB
+    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and not _turned(data)
 
 
-def _upright(path: pathlib.Path, image: Image.Image, keep_wide: bool = False) -> np.ndarray:
-    """Returns `[h, w]` or `[h, w, 3]` with EXIF rotation applied, uint8 unless `keep_wide`."""
+def _turned(data: bytes) -> bool:
+    return Image.open(io.BytesIO(data), formats=_formats()).getexif().get(0x0112, 1) != 1
+
+
+def _pages(image: Image.Image) -> int:
+    # A camera's MPO holds its preview or depth besides.
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
+def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
+    """Decodes the first page; see `upright`."""
+    if image.format == "PPM" and deep.is_deep(image):
+        return deep.ppm_levels(data, image)
+    if deep.is_deep(image) and image.mode in ("RGB", "RGBA"):
+        levels = deep.colour_levels(data, image)
+        if levels.shape[-1] == 4 and erase:
+            levels[levels[..., 3] == 0] = 0
+        return levels[..., :3]
+    return upright(image, erase)
+
+
+def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
+    """Returns the levels of Pillow's image, turned as its EXIF data says.
+
+    Args:
+      image: of any mode.
+      erase: blacken transparent pixels; else transparency is dropped.
+
+    Returns:
+      uint8 or uint16, `[h, w]` or `[h, w, 3]`.
+
+    Raises:
+      UserError: the pixels do not fit; without a name.
+    """
+    image.load()  # Decodes everything: a truncated file shows only now.
     image = ImageOps.exif_transpose(image)
-    if image.mode in _WIDE:
-        array = np.asarray(image).astype(np.int64)
-        if array.min(initial=0) >= 0 and array.max(initial=0) < 65536:
-            return array if keep_wide else (array >> 8).astype(np.uint8)
-    elif image.mode != "F":
-        try:
-            if keep_wide and image.mode in ("LA", "PA", "RGBA"):  # Transparent is not marked.
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            return np.asarray(image if image.mode == "L" else image.convert("RGB"))
-        except ValueError:
-            pass
+    if image.mode in deep.GREY:
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
+            raise UserError(
+                f"pixels from {levels.min()} to {levels.max()} do not fit 16 bits; save the file "
+                "as 16-bit grey"
+            )
+        return levels.astype(np.uint16)
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    if erase and image.mode in ("LA", "PA", "RGBA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    try:
+        if image.mode != "F":
+            return np.asarray(image.convert("RGB"))
+    except ValueError:
+        pass
     raise UserError(
-        f"{path}: pixels of Pillow's mode {image.mode} do not fit 8 or 16 bits; "
-        "save the file as 8-bit RGB"
+        f"pixels of Pillow's mode {image.mode} do not fit 8 or 16 bits; save the file as 8-bit RGB "
+        "or 16-bit grey"
     )
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Brings an image to the network's size: bilinear, antialiased, to the nearest level.
+
+    Args:
+      image: uint8 `[h, w, 3]`.
+      size: (height, width) in pixels.
+
+    Returns:
+      uint8 `[height, width, 3]`.
+    """
+    if image.shape[:2] == tuple(size):
+        return image
+    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Brings a mask to the network's size.
+
+    Marked is where more than half of a pixel's area is. A region (8-connected) that this would
+    erase or break is marked where more than 0.4 of the area is, or 0.3, 0.2, 0.1: the first share
+    that keeps it in one piece. docs/datasets.md has what this does to real masks.
+
+    Args:
+      mask: `[h, w]`, anything but 0 is marked.
+      size: (height, width) in pixels.
+
+    Returns:
+      uint8 `[height, width]` in {0, 1}.
+    """
+    mask = mask != 0
+    if mask.shape == tuple(size) or not mask.any():
+        return mask.astype(np.uint8) if mask.any() else np.zeros(size, np.uint8)
+    small = _area(mask, size) > _SHARES[0]
+    regions, count = ndimage.label(mask, _NEIGHBOURS)
+    for number in range(1, count + 1):
+        share = _area(regions == number, size)
+        whole = (x for x in _SHARES if ndimage.label(share > x, _NEIGHBOURS)[1] == 1)
+        small |= share > next(whole, _SHARES[-1])
+    return small.astype(np.uint8)
+
+
+def _area(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The share of each pixel's area that is marked, float32 of `size`."""
+    rows, columns = (_cover(n, m) for n, m in zip(mask.shape, size))
+    return (columns @ (rows @ mask.astype(np.float32)).T).T
+
+
+@functools.lru_cache(maxsize=64)
+def _cover(source: int, target: int) -> sparse.csr_array:
+    """How much of each of `target` pixels in a row each of `source` pixels covers."""
+    edges = np.linspace(0, source, target + 1)
+    spans = [(y, x) for y in range(target) for x in range(int(edges[y]), -int(-edges[y + 1] // 1))]
+    y, x = np.array(spans).T
+    covered = np.minimum(edges[y + 1], x + 1) - np.maximum(edges[y], x)
+    values = (covered * target / source).astype(np.float32)
+    return sparse.csr_array((values, (y, x)), shape=(target, source))

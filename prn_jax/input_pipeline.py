@@ -4,7 +4,11 @@ What stands in a slot of a batch is a function of the seed, the step and the slo
 reproducible, resumes by starting the plan at its step, and does not depend on the number of hosts.
 """
 
+import concurrent.futures
 import dataclasses
+import io
+import itertools
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,10 +16,11 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 from ml_collections import ConfigDict
+from PIL import Image
 
-from prn_jax import datasets
+from prn_jax import datasets, images
 from prn_jax.errors import UserError
-from prn_jax.synthesis.foreground import cached_foreground
+from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
 
 # Slots after which the plan of kinds repeats: shares are met to a thousandth.
@@ -31,12 +36,18 @@ class Images:
       mask: uint8 [n, h, w] in {0, 1}.
       defect: names, "good" for a normal image.
       id: paths below the category, without extension.
+      has_mask: whether `mask` is known, bool [n]: of normal images, and of defects with a mask.
     """
 
     image: np.ndarray
     mask: np.ndarray
     defect: list[str]
     id: list[str]
+    has_mask: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.has_mask is None:
+            object.__setattr__(self, "has_mask", np.ones(len(self.id), bool))
 
     def __len__(self) -> int:
         return len(self.id)
@@ -54,6 +65,7 @@ class Images:
             self.mask[index],
             [self.defect[i] for i in index],
             [self.id[i] for i in index],
+            self.has_mask[index],
         )
 
 
@@ -67,6 +79,8 @@ class CategoryData:
       test: the test split without the seen anomalies.
       foreground: where the product is on each of `train`, uint8 [n, h, w] in {0, 1}.
       is_object: False for a texture, which is all foreground.
+      white_level: the level of a 16-bit file that became 255; 0 where all files have 8 bits.
+      fingerprint: of the raw files.
     """
 
     train: Images
@@ -74,30 +88,37 @@ class CategoryData:
     test: Images
     foreground: np.ndarray
     is_object: bool
+    white_level: int = 0
+    fingerprint: str = ""
 
 
 # --- loading --------------------------------------------------------------------------------------
 
 
-def seen_split(ids: Sequence[str], num_seen: int, seed: int) -> list[str]:
+def seen_split(
+    ids: Sequence[str], num_seen: int, seed: int, usable: Sequence[bool] | None = None
+) -> list[str]:
     """Draws the seen anomalies: sort, shuffle by `RandomState(seed)`, take the first (CPR's rule).
 
     Args:
       ids: the anomalous images to draw from, in any order.
       num_seen: how many.
       seed: of the shuffle.
+      usable: which of them have a mask, that all others are passed over for; default: all.
 
     Raises:
       UserError: there are fewer.
     """
-    if num_seen > len(ids):
+    known = set(ids) if usable is None else {x for x, good in zip(ids, usable) if good}
+    if num_seen > len(known):
+        lacking = f" ({len(ids)}, but only so many with a mask)" if len(known) < len(ids) else ""
         raise UserError(
-            f"num_seen={num_seen}, but there are only {len(ids)} anomalous images to draw from: "
-            "lower num_seen (0 trains without any)"
+            f"num_seen={num_seen}, but there are only {len(known)} anomalous images to draw "
+            f"from{lacking}: lower num_seen (0 trains without any)"
         )
     ids = sorted(ids)
     np.random.RandomState(seed).shuffle(ids)
-    return sorted(ids[:num_seen])
+    return sorted([x for x in ids if x in known][:num_seen])
 
 
 def load_category(config: ConfigDict, category: str) -> CategoryData:
@@ -115,56 +136,87 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     size = tuple(config.image_size)
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
     source = test if builder.seen_from == "test" else train
-    anomalous = [x for x, label in zip(source.id, source.label) if label]
-    seen = set(seen_split(anomalous, config.num_seen, config.split_seed))
+    anomalous = source.select(source.label == 1)
+    usable = anomalous.has_mask & anomalous.mask.any(axis=(1, 2))
+    seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, usable))
+    lacking = [x for split in (train, test) for x, known in zip(split.id, split.has_mask)
+               if not known]  # fmt: skip
+    if lacking:
+        logging.warning(
+            "%s: %d anomalous images have no mask (%s): they count for the image-level figures "
+            "alone, and are not drawn as seen ones",
+            category, len(lacking), ", ".join(lacking[:5]),
+        )  # fmt: skip
     normal = train.select(train.label == 0)
     if not len(normal):
         raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
     foreground, is_object = cached_foreground(normal.image, builder.data_path)
-    logging.info(
-        "%s: %s",
-        category,
-        f"an object on {foreground.mean():.0%} of the image" if is_object else "all foreground",
-    )
+    logging.info("%s: foreground: %s", category, describe(foreground, is_object))
     return CategoryData(
         train=normal,
         seen=source.select([x in seen for x in source.id]),
         test=test.select([x not in seen for x in test.id]) if source is test else test,
         foreground=foreground,
         is_object=is_object,
+        white_level=int((builder.info.metadata or {}).get("white_level", 0)),
+        fingerprint=builder.fingerprint or "",
     )
 
 
 def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]) -> Images:
-    """Decodes and resizes a split: images antialiased, masks by area and then at one half."""
-    images, masks, defects, ids = [], [], [], []
-    records = ()
+    """Decodes and resizes a split as prediction does, by `images`, several images at a time."""
+    found, vanished = [], []
+
+    def read(record):
+        mask = np.asarray(Image.open(io.BytesIO(record["mask"])))
+        small = images.resize_mask(mask, size)
+        if mask.any() and not small.any():
+            vanished.append((record["id"].decode(), mask))
+        return (
+            images.resize(images.decode(record["image"]), size), small,
+            record["defect"].decode(), record["id"].decode(), bool(record["has_mask"]),
+        )  # fmt: skip
+
     if split in builder.info.splits:
-        records = builder.as_dataset(
-            split=split, read_config=tfds.ReadConfig(try_autocache=False), shuffle_files=False
-        ).map(lambda record: _resize(record, size), num_parallel_calls=tf.data.AUTOTUNE)
-    for record in records:
-        images.append(record["image"].numpy())
-        masks.append(record["mask"].numpy())
-        defects.append(record["defect"].numpy().decode())
-        ids.append(record["id"].numpy().decode())
+        records = iter(
+            builder.as_dataset(
+                split=split,
+                read_config=tfds.ReadConfig(try_autocache=False),
+                shuffle_files=False,
+                decoders={x: tfds.decode.SkipDecoding() for x in ("image", "mask")},
+            ).as_numpy_iterator()
+        )
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            while some := list(itertools.islice(records, 64)):  # encoded images held at a time
+                found.extend(pool.map(read, some))
+    _say_vanished(split, sorted(vanished, key=lambda x: x[0]), size)
+    image, mask, defect, id_, has_mask = zip(*found) if found else [()] * 5
     return Images(
-        np.array(images, np.uint8).reshape(-1, *size, 3),
-        np.array(masks, np.uint8).reshape(-1, *size),
-        defects,
-        ids,
+        np.array(image, np.uint8).reshape(-1, *size, 3),
+        np.array(mask, np.uint8).reshape(-1, *size),
+        list(defect),
+        list(id_),
+        np.array(has_mask, bool),
     )
 
 
-def _resize(record: dict[str, tf.Tensor], size: tuple[int, int]) -> dict[str, tf.Tensor]:
-    image = tf.image.resize(record["image"], size, antialias=True)
-    mask = tf.image.resize(record["mask"], size, method="area")[..., 0]
-    return {
-        "image": tf.saturate_cast(tf.round(image), tf.uint8),
-        "mask": tf.cast(mask > 127.5, tf.uint8),
-        "defect": record["defect"],
-        "id": record["id"],
-    }
+def _say_vanished(
+    split: str, vanished: list[tuple[str, np.ndarray]], size: tuple[int, int]
+) -> None:
+    """Warns of masks of which nothing is left at `size`, and says which size keeps them."""
+    if not vanished:
+        return
+    factor = 2
+    while not all(
+        images.resize_mask(mask, (size[0] * factor, size[1] * factor)).any() for _, mask in vanished
+    ):
+        factor += 1
+    logging.warning(
+        "%s: nothing is left of %d masks at image_size=(%d,%d), of %s: their images are not drawn "
+        "as seen ones; image_size=(%d,%d) keeps them",
+        split, len(vanished), *size, ", ".join(x for x, _ in vanished[:5]),
+        *(x * factor for x in size),
+    )  # fmt: skip
 
 
 # --- the plan -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ are the same on each device. Batch sizes are global: over all devices of all hos
 """
 
 import importlib.util
+import json
 import os
 import pathlib
 import socket
@@ -125,6 +126,14 @@ def _has_tpu() -> bool:
     return has_chip and importlib.util.find_spec("libtpu") is not None
 
 
+def cache_compilations() -> None:
+    """Keeps compiled programs on disk, so that the next process of their kind starts at once."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        folder = pathlib.Path(base).expanduser() / "prn_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """All devices of all hosts (or the given ones) along the axis `data`."""
     return Mesh(np.array(jax.devices() if devices is None else devices), ("data",))
@@ -190,6 +199,32 @@ def agree(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
+def from_main(name: str, work: Callable[[], T]) -> T:
+    """Process 0 works; every process gets its result.
+
+    Args:
+      name: of the work, for messages.
+      work: runs on process 0; returns plain JSON types.
+
+    Raises:
+      UserError: process 0's on process 0, and one that points to it on the others.
+    """
+    if jax.process_count() == 1:
+        return work()
+    text, problem = b"", None
+    if is_main():
+        try:
+            text = json.dumps(work()).encode()
+        except UserError as error:
+            problem = error
+    barrier(name)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(text))))
+    if not size:
+        raise problem or UserError(f"{name} failed on process 0, which says why")
+    sent = np.frombuffer(text or bytes(size), np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))))
 
 
 def first_on_main(name: str, work: Callable[[], T]) -> T:

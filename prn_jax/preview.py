@@ -7,6 +7,7 @@ from PIL import Image
 
 from prn_jax import pictures
 from prn_jax.input_pipeline import CategoryData, sample_maker
+from prn_jax.synthesis.foreground import describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, SEEN, SIMULATED
 from prn_jax.synthesis.textures import spread
 
@@ -28,8 +29,7 @@ def samples_sheet(config: ConfigDict, data: CategoryData, columns: int = 8) -> I
     rows = [
         ("normal", [(data.train.image[i], data.train.id[i].split("/")[-1]) for i in normal]),
         (
-            f"foreground: {data.foreground.mean():.0%} of the image" if data.is_object
-            else "foreground: everywhere (no object found that stands out surely)",
+            f"foreground: {describe(data.foreground, data.is_object)}",
             [(_dim(data.train.image[i], data.foreground[i]), "") for i in normal],
         ),
         (

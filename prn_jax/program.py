@@ -1,37 +1,63 @@
-"""What every program in `launch/` shares: flags, log lines, and errors of one line."""
+"""What every program in `launch/` shares: flags, log lines, errors of one line, exit statuses."""
 
 import contextlib
 import logging as python_logging
 import os
+import pathlib
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from ml_collections import config_flags
+from ml_collections.config_flags.tuple_parser import TupleParser
 
-from prn_jax.errors import Interrupted, UserError
+from prn_jax.errors import Interrupted, UserError, shown
+
+# This package and the programs beside it, but not what is installed beside it.
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+_OURS = (_PACKAGE, _PACKAGE.parent / "launch")
 
 
-def run(main: Callable[..., None], positional: bool = False) -> None:
-    """Runs a program whose flags are defined: exits 0, or 1 after one line that says what to mend.
+class _Tuple(flags.ArgumentParser):
+    """Reads a field of several values as ml_collections does.
+
+    With ml_collections' own parser a repeated override appends to the one before.
+    """
+
+    def parse(self, argument):
+        return TupleParser().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(tuple, _Tuple())
+
+
+def run(main: Callable[..., None], positional: bool = False, afterwards: str = "") -> None:
+    """Runs a program whose flags are defined, and exits.
+
+    The status is 0; 1 after one line that says what to mend; 143 after SIGTERM and 130 after
+    Ctrl-C, as job systems expect.
 
     Args:
       main: called when the flags are parsed: without arguments, or with the list of those that
         are no flags.
       positional: whether there may be any.
+      afterwards: what can be done when it was stopped, for the message.
     """
-    # The start-up notes of TensorFlow's C++ tell a user nothing; what fails raises an exception.
+    # The start-up notes of TensorFlow's and XLA's C++ tell a user nothing; what fails raises an
+    # exception.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app.run(
-        lambda rest: _guarded(lambda: main(rest[1:]) if positional else main()),
+        lambda rest: _guarded(lambda: main(rest[1:]) if positional else main(), afterwards),
         flags_parser=lambda argv: _parse(argv, positional),
     )
 
 
-def _guarded(main: Callable[[], None]) -> None:
+def _guarded(main: Callable[[], None], afterwards: str) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
     logging.get_absl_handler().addFilter(_ours)
@@ -39,17 +65,43 @@ def _guarded(main: Callable[[], None]) -> None:
     python_logging.getLogger("asyncio").disabled = True
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _report_unraisable
+    stopped = "; ".join(filter(None, ("{}", afterwards)))
+
+    def terminated(*_):
+        """SIGTERM where nothing is to be saved; the training's loop has a handler of its own."""
+        raise Interrupted(stopped.format("terminated"))
+
     with contextlib.suppress(ValueError):  # only the main thread gets signals
-        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except UserError as error:
         fail(str(error))
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr, flush=True)
+        _exit(str(interruption), 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from the last checkpoint")
+        _exit(stopped.format("interrupted"), 128 + signal.SIGINT)
+    except Exception as error:
+        if not (message := _explained(error)):
+            raise
+        fail(message)
     _leave()
+
+
+def _explained(error: Exception) -> str | None:
+    """What the machine lacks, as one line; None for what is a mistake of ours."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{shown(error.filename)}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "the computer's memory does not suffice: give a smaller image_size or fewer images"
+    if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+        wanted = re.search(r"[Oo]ut of memory[^.]*?(\d[\d.]*) ?([KMGT]i?B|bytes)", str(error))
+        asked = f" ({wanted[1]} {wanted[2]} were asked for)" if wanted else ""
+        return (
+            f"the device's memory does not suffice{asked}: lower batch_size, eval_batch_size or "
+            "image_size, or set dtype=bfloat16"
+        )
+    return None
 
 
 def _leave() -> None:
@@ -64,15 +116,14 @@ def _leave() -> None:
 
 def fail(message: str) -> None:
     """Prints one line and exits with status 1."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _exit(f"error: {message}", 1)
+
+
+def _exit(message: str, status: int) -> None:
+    print(re.sub(r"\s*\n\s*", " ", message.strip()), file=sys.stderr, flush=True)
     sys.unraisablehook = lambda _: None  # of objects that the exit cuts short
     _leave()
-    sys.exit(1)
-
-
-def _terminated(*_) -> None:
-    """SIGTERM where nothing is to be saved; while training, the loop has a handler of its own."""
-    raise Interrupted("terminated; the same command goes on from the last checkpoint")
+    sys.exit(status)
 
 
 def _ours(record: python_logging.LogRecord) -> bool:
@@ -81,7 +132,9 @@ def _ours(record: python_logging.LogRecord) -> bool:
     # logs errors that it raises as well.
     if "Unable to initialize backend" in record.getMessage() or "/orbax/" in record.pathname:
         return False
-    return record.levelno >= python_logging.WARNING or "prn_jax" in record.pathname
+    if record.levelno >= python_logging.WARNING:
+        return True
+    return any(pathlib.Path(record.pathname).is_relative_to(folder) for folder in _OURS)
 
 
 def _report_unraisable(unraisable) -> None:

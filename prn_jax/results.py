@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, shown
 
 COLUMNS = {
     "image_auroc": "image AUROC",
@@ -74,7 +74,7 @@ def write_run(folder: epath.PathLike, run: dict[str, Any]) -> None:
     write_file(epath.Path(folder) / "results.json", _as_json(run))
 
 
-def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, float | str]) -> None:
+def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, Any]) -> None:
     """Writes `thresholds.json` into the folder of the checkpoints, for the one of `step`."""
     write_file(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
 
@@ -107,7 +107,7 @@ def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
             return {name: stored[name] for name in ("image", "mask", "map")}
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} is missing or damaged: remove {path.parent / 'results.json'} and run the "
+            f"{shown(path)} is missing or damaged: remove results.json beside it and run the "
             "category again (it is only evaluated)"
         ) from error
 
@@ -124,7 +124,8 @@ def read_run(folder: epath.PathLike) -> dict[str, Any]:
         run["metrics"], run["config"], run["category"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}): remove it and run the category again"
+            f"{shown(path)} is damaged ({type(error).__name__}): remove it and run the category "
+            "again"
         ) from error
     return run
 
@@ -194,7 +195,9 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
         "| category | " + " | ".join(COLUMNS.values()) + " |",
         "| --- |" + " ---: |" * len(COLUMNS),
     ]
-    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(names, rows)]
+    lines += [
+        "| " + " | ".join([name.replace("|", "\\|"), *row]) + " |" for name, row in zip(names, rows)
+    ]
     lines += ["", *_notes(runs, dataset), ""]
     write_file(workdir / "results.md", "\n".join(lines))
 
@@ -215,7 +218,8 @@ def render_table(workdir: epath.PathLike, dataset: str) -> str:
 
 
 def _runs(workdir: epath.Path, dataset: str) -> dict[str, dict[str, Any]]:
-    found = sorted(path.parent for path in workdir.glob("*/results.json"))
+    # No glob: etils takes `[2]` in the name of a folder for a part of the pattern.
+    found = [path for path in sorted(workdir.iterdir()) if (path / "results.json").exists()]
     runs = {run["category"]: run for run in map(read_run, found) if run["dataset"] == dataset}
     order = list(PAPER.get(dataset, {}))
     return dict(sorted(runs.items(), key=lambda x: (order.index(x[0]) if x[0] in order else 99, x)))
@@ -276,4 +280,4 @@ def write_file(path: epath.Path, content: str | bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {shown(path)}: {error.strerror or error}") from error

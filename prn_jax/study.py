@@ -20,9 +20,9 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from prn_jax import results
-from prn_jax.checkpoints import as_dict, check_same
+from prn_jax import experiment, results
 from prn_jax.errors import Interrupted, UserError
+from prn_jax.identity import lock
 
 _MAIN = pathlib.Path(__file__).resolve().parent.parent / "launch" / "main.py"
 # The paper states these two; its PRO and AP per category are second-hand.
@@ -58,12 +58,8 @@ class StudyRun:
         return self.workdir / self.category
 
     def is_finished(self) -> bool:
-        """Whether its results are there; refuses those of another configuration."""
-        if not (self.folder / "results.json").exists():
-            return False
-        run = results.read_run(self.folder)
-        check_same(run["config"], as_dict(self.config), f"the finished run in {self.folder}")
-        return True
+        """Whether its results are there; refuses those that are made of something else."""
+        return experiment.finished(self.config, self.folder) is not None
 
 
 def plan(
@@ -123,7 +119,8 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
     failed: list[StudyRun] = []
     active: dict[int, tuple[subprocess.Popen, StudyRun, float]] = {}
     began, finished_now = time.monotonic(), 0
-    with _only_one(workdir), _forwarded(active):
+    # Held also by the runs, which may outlive a study that is killed.
+    with lock(workdir, "study", inheritable=True), _forwarded(active):
         while waiting or active:
             for slot in range(parallel):
                 if slot not in active and waiting:
@@ -207,24 +204,6 @@ def _devices(slot: int, parallel: int) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": ",".join(share),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.2f}",
     }
-
-
-@contextlib.contextmanager
-def _only_one(workdir: pathlib.Path):
-    """Holds a lock in the work folder, also through the runs that outlive a killed study."""
-    import fcntl
-
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as lock:
-        os.set_inheritable(lock.fileno(), True)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another study, or a run that it left behind, still works in {workdir}: wait "
-                "until it has saved"
-            ) from error
-        yield
 
 
 @contextlib.contextmanager

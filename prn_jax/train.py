@@ -6,8 +6,6 @@ whoever made them.
 
 import dataclasses
 import functools
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from prn_jax import losses, pretrained
 from prn_jax import mesh as meshes
-from prn_jax.checkpoints import Checkpoints, as_dict, check_same
-from prn_jax.errors import Interrupted, UserError
+from prn_jax.checkpoints import Checkpoints
+from prn_jax.errors import Interrupted, UserError, shown
+from prn_jax.identity import Identity
 from prn_jax.models.prn import PRN, SCALES, create_model
 from prn_jax.models.prototypes import k_means, num_prototypes
+from prn_jax.progress import Progress, Termination
 
 Tree = Any
 
@@ -222,13 +220,13 @@ class Trained:
     Attributes:
       model: the module.
       variables: all collections it needs to predict, on every device of the mesh.
-      step: steps it was trained for.
+      identity: what it is made of.
       timing: seconds of training in this process, and steps done in it.
     """
 
     model: PRN
     variables: dict[str, Tree]
-    step: int
+    identity: Identity
     timing: dict[str, float]
 
 
@@ -238,6 +236,7 @@ def train(
     make_batches: Callable[[int, int], Iterable[dict[str, np.ndarray]]],
     checkpoints: Checkpoints,
     mesh: Mesh,
+    identity: Identity,
     *,
     write_scalars: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int, PRN, dict[str, Tree]], None] | None = None,
@@ -251,35 +250,38 @@ def train(
       make_batches: `(start_step, steps) -> batches` of this process, from `start_step` on.
       checkpoints: where the run is saved and resumed from.
       mesh: devices.
+      identity: what the run is made of; its `steps` say how long the training is.
       write_scalars: receives the losses of a log step.
       evaluate: called with the step and the network every `config.eval_every` steps.
-      allow_config_change: go on although the checkpoint's configuration differs.
+      allow_config_change: go on although the checkpoint is made of something else.
 
     Raises:
-      UserError: the batch does not divide, the configuration differs, or the loss is not finite.
+      UserError: the batch does not divide, the checkpoint is made of something else, or the loss is
+        not finite.
       Interrupted: after SIGTERM, when the run is saved.
     """
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
-    steps = total_steps(config, len(normal_images))
-    model = create_model(config, num_prototypes(len(normal_images), config.prototypes.ratio))
+    identity = _resumable(checkpoints, identity, allow_config_change)
+    steps = identity.steps
+    # Normal images that came later, if that was allowed, have no part in them.
+    stored = checkpoints.num_prototypes()
+    clusters = stored or num_prototypes(len(normal_images), config.prototypes.ratio)
+    model = create_model(config, clusters)
     optimizer = create_optimizer(config, steps)
-    state, frozen = _start(
-        config, steps, model, optimizer, normal_images, checkpoints, mesh, allow_config_change
-    )
+    state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh)
     train_step = make_train_step(config, model, optimizer, mesh)
     start = int(state.step)
-    saved_config = as_dict(config) | {"steps": steps}
 
     def save(step: int) -> None:
         network = {"params": state.params, "batch_stats": state.batch_stats, **frozen}
         optimizer_state = {"step": state.step, "opt_state": state.opt_state}
-        checkpoints.save(step, network, optimizer_state, saved_config)
+        checkpoints.save(step, network, optimizer_state, identity)
 
-    progress = _Progress(config, start, steps, create_schedule(config, steps), write_scalars)
+    progress = Progress(config, start, steps, create_schedule(config, steps), write_scalars)
     last_save = time.monotonic()
     began = time.monotonic()
     batches = _prefetch(mesh, make_batches(start, steps)) if start < steps else iter(())
-    with _Termination() as termination, progress:
+    with Termination() as termination, progress:
         for step, batch in enumerate(batches, start=start + 1):
             state, values = train_step(state, frozen, batch)
             progress.update(step, values)
@@ -293,7 +295,7 @@ def train(
                 progress.check(step)
                 save(step)
                 last_save = time.monotonic()
-            if stop and step < steps:
+            if stop:
                 checkpoints.wait()
                 raise Interrupted(
                     f"stopped at step {step} of {steps} and saved; the same command goes on"
@@ -303,7 +305,7 @@ def train(
     checkpoints.wait()
     jax.block_until_ready(state.params)
     timing = {"train_seconds": time.monotonic() - began, "train_steps": steps - start}
-    return Trained(model, _collections(state, frozen), steps, timing)
+    return Trained(model, _collections(state, frozen), identity, timing)
 
 
 def _collections(state: TrainState, frozen: Tree) -> dict[str, Tree]:
@@ -314,19 +316,33 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _start(
-    config, steps, model, optimizer, normal_images, checkpoints, mesh, allow_config_change
-) -> tuple[TrainState, Tree]:
+def _resumable(checkpoints: Checkpoints, identity: Identity, allow_change: bool) -> Identity:
+    """The run's identity, with what changed on the way; refuses what cannot be gone on with."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return identity
+    saved = checkpoints.identity()
+    where = f"the checkpoint of step {step} in {shown(checkpoints.folder)}"
+    identity = saved.check(identity, where, allow_change)
+    if step > identity.steps:
+        raise UserError(
+            f"{where} is beyond the {identity.steps} steps asked for: raise total_steps or give "
+            "another --workdir"
+        )
+    logging.info("resumed from step %d of %d", step, identity.steps)
+    if saved.steps and saved.steps != identity.steps:
+        logging.warning(
+            "the learning rate goes on as at step %d of a training of %d steps, not of %d",
+            step, identity.steps, saved.steps,
+        )  # fmt: skip
+    return identity
+
+
+def _start(config, model, optimizer, normal_images, checkpoints, mesh) -> tuple[TrainState, Tree]:
     """The newest checkpoint's state, or a fresh one with its prototypes."""
-    resumed_from = checkpoints.latest_step()
-    if resumed_from is not None:
-        saved = checkpoints.config()
-        if not allow_config_change:
-            where = f"the checkpoint of step {resumed_from} in {checkpoints.folder}"
-            check_same(saved, as_dict(config) | {"steps": steps}, where)
+    if checkpoints.latest_step() is not None:
         network, optimizer_state = _abstract(config, model, optimizer, mesh)
         network, optimizer_state = checkpoints.restore(network, optimizer_state)
-        logging.info("resumed from step %d of %d", resumed_from, steps)
         state = TrainState(
             optimizer_state["step"],
             network["params"],
@@ -371,122 +387,3 @@ def _prefetch(mesh: Mesh, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[
         ahead = following
     if ahead is not None:
         yield ahead
-
-
-class _Progress:
-    """Losses, learning rate, images/s and the time to go: a bar on a terminal, else lines."""
-
-    def __init__(self, config, start, steps, schedule, write_scalars):
-        self._config, self._steps, self._write_scalars = config, steps, write_scalars
-        # All at once: asked for later, each would wait on the device for the steps before it.
-        self._rates = np.asarray(schedule(np.arange(steps)))
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._bar = tqdm(
-            total=steps,
-            initial=start,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (meshes.is_main() and sys.stderr.isatty()),
-        )
-        self._mark: tuple[int, float] | None = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-
-    def update(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Notes a step's losses without waiting for them; reports at log steps."""
-        self._pending.append((step, values))
-        self._bar.update()
-        if self._mark is None:
-            # The first step compiles; the pace is measured from its end.
-            jax.block_until_ready(values)
-            self._mark = (step, time.monotonic())
-        if step % self._config.log_every == 0 or step == self._steps:
-            # All but the newest are done or nearly: the device is never left without work.
-            self._report(step, self._fetch(keep=0 if step == self._steps else 1))
-
-    def check(self, step: int) -> None:
-        """Raises unless every loss up to this step is finite."""
-        self._fetch(keep=0, consume=False)
-
-    def _fetch(self, keep: int, consume: bool = True) -> list[tuple[int, dict[str, float]]]:
-        """The losses of the steps noted but for the newest `keep`; waits for them."""
-        count = len(self._pending) - keep
-        fetched = jax.device_get(self._pending[:count])
-        for step, values in fetched:
-            for name, value in values.items():
-                if not np.isfinite(value):
-                    raise UserError(
-                        f"{name} is {value} at step {step}; nothing was saved since it was finite. "
-                        "Lower optimizer.learning_rate, or set dtype=float32"
-                    )
-        if consume:
-            self._pending = self._pending[count:]
-        return fetched
-
-    def _report(self, step: int, fetched: list[tuple[int, dict[str, float]]]) -> None:
-        if not fetched:
-            return
-        now = time.monotonic()
-        names = fetched[0][1]
-        means = {name: float(np.mean([values[name] for _, values in fetched])) for name in names}
-        # The newest steps may still be running: the pace is that of those that are done.
-        since, began = self._mark
-        done = fetched[-1][0]
-        scalars = means | {"learning_rate": float(self._rates[step - 1])}
-        pace = ""
-        if done > since:
-            seconds = (now - began) / (done - since)
-            scalars["images_per_second"] = self._config.batch_size / seconds
-            to_go = _duration((self._steps - done) * seconds)
-            pace = f"  {scalars['images_per_second']:.1f} images/s  ETA {to_go}"
-        self._write_scalars(step, scalars)
-        self._mark = (done, now)
-        line = (
-            f"step {step}/{self._steps}  loss {means['loss']:.4f} "
-            f"(smooth L1 {means['smooth_l1']:.4f}, focal {means['focal']:.5f})  "
-            f"lr {scalars['learning_rate']:.2e}{pace}"
-        )
-        if self._bar.disable:
-            logging.info("%s", line)
-        else:
-            self._bar.set_postfix_str(f"loss {means['loss']:.4f}")
-            if step == self._steps:
-                tqdm.write(line, file=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-class _Termination:
-    """Notices SIGTERM (preemption, `kill`, a job's time limit) and lets the step finish."""
-
-    def __enter__(self):
-        self._came = False
-        # With several hosts JAX's own preemption notice makes all agree on the step.
-        self._alone = jax.process_count() == 1
-        if self._alone:
-            try:
-                self._previous = signal.signal(signal.SIGTERM, self._note)
-            except ValueError:  # not the main thread: nobody can send us the signal
-                self._alone = False
-        return self
-
-    def __exit__(self, *_):
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _note(self, *_):
-        self._came = True
-
-    def requested(self, step: int) -> bool:
-        """Whether to save and stop after this step; the same on every process."""
-        if jax.process_count() == 1:
-            return self._came
-        return multihost_utils.reached_preemption_sync_point(step)

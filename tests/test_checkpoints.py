@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 import types
 
@@ -6,8 +7,11 @@ import numpy as np
 import pytest
 
 from prn_jax import mesh as meshes
-from prn_jax.checkpoints import Checkpoints, check_same
+from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import UserError
+from prn_jax.identity import Identity
+
+MADE_OF = Identity("folder", "bolt", "abc", ("test/bent/1",), 12, 4095, {"seed": 0})
 
 
 @pytest.fixture
@@ -25,22 +29,22 @@ def test_what_is_saved_comes_back_and_old_ones_go(tree, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest_step() is None
     for step in (1, 2, 3):
-        checkpoints.save(step, tree, {"step": tree["b"]}, {"seed": step})
+        checkpoints.save(step, tree, {"step": tree["b"]}, dataclasses.replace(MADE_OF, steps=step))
         checkpoints.wait()
     assert checkpoints.latest_step() == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
     model, optimizer = checkpoints.restore(tree, {"step": tree["b"]})
     assert same(model, tree)
     assert same(optimizer, {"step": tree["b"]})
-    assert checkpoints.config() == {"seed": 3}
-    assert checkpoints.config(2) == {"seed": 2}
+    assert checkpoints.identity() == dataclasses.replace(MADE_OF, steps=3)
+    assert checkpoints.identity(2) == dataclasses.replace(MADE_OF, steps=2)
     assert same(checkpoints.restore_model(), tree)
     checkpoints.close()
 
 
 def test_an_unfinished_save_is_no_checkpoint(tree, tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(5, tree, {"step": tree["b"]}, {})
+    checkpoints.save(5, tree, {"step": tree["b"]}, MADE_OF)
     checkpoints.close()
     # What a process killed while it saves leaves: Orbax's temporary folder.
     unfinished = tmp_path / "9.orbax-checkpoint-tmp-123"
@@ -63,23 +67,26 @@ def test_an_unwritable_folder_is_one_line_and_keeps_what_is_there(tree, tmp_path
 
 def test_too_little_room_is_one_line_and_keeps_earlier_checkpoints(tree, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, tree, {"step": tree["b"]}, {})
+    checkpoints.save(1, tree, {"step": tree["b"]}, MADE_OF)
     needed = sum(x.nbytes for x in jax.tree.leaves((tree, tree["b"])))
     full = lambda _: types.SimpleNamespace(free=needed - 1)  # noqa: E731
     monkeypatch.setattr(shutil, "disk_usage", full)
     with pytest.raises(UserError, match=r"0 MiB are needed and 0 MiB are free; free some space"):
-        checkpoints.save(2, tree, {"step": tree["b"]}, {})
+        checkpoints.save(2, tree, {"step": tree["b"]}, MADE_OF)
     assert checkpoints.latest_step() == 1
     assert same(checkpoints.restore_model(), tree)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=needed))
-    checkpoints.save(2, tree, {"step": tree["b"]}, {})
+    checkpoints.save(2, tree, {"step": tree["b"]}, MADE_OF)
     checkpoints.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_changed_fields_are_named_and_free_ones_are_not():
-    saved = {"seed": 0, "log_every": 10, "optimizer": {"learning_rate": 0.1}}
-    check_same(saved, saved | {"log_every": 1}, "here")
-    changed = {"seed": 1, "log_every": 10, "optimizer": {"learning_rate": 0.1}, "new": 3}
+    def made_of(**config):
+        return dataclasses.replace(MADE_OF, config=config)
+
+    saved = made_of(seed=0, log_every=10, optimizer={"learning_rate": 0.1})
+    saved.check(made_of(seed=0, log_every=1, optimizer={"learning_rate": 0.1}), "here")
+    changed = made_of(seed=1, log_every=10, optimizer={"learning_rate": 0.1}, new=3)
     with pytest.raises(UserError, match=r"new was 'absent', is 3; seed was 0, is 1"):
-        check_same(saved, changed, "here")
+        saved.check(changed, "here")

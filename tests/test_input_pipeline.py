@@ -86,6 +86,7 @@ def test_normals_are_clean_and_every_anomaly_shows(reference):
                 outside = np.where(mask[None, ..., None] == 0, image != normals, False)
                 base = normals[np.argmin(outside.sum(axis=(1, 2, 3)))]
                 change = np.abs(image.astype(int) - base).max(-1)
+                # What is marked whole is seen on half of it at least.
                 assert (change[mask == 1] >= 8).mean() >= 0.5
                 assert (change[mask == 0] == 0).all()
 
@@ -148,29 +149,6 @@ def test_simulated_anomalies_stand_out_from_a_rough_texture():
             base = np.argmin((change * (1 - mask)).sum(axis=(1, 2)))
             shares.append((change[base][mask == 1] >= 8 + 0.9 * 3 * rough).mean())
     assert min(shares) >= 0.5
-
-
-@pytest.mark.parametrize("grey", [True, False])
-def test_what_is_pasted_on_a_grey_product_is_grey(grey):
-    data = make_data()
-    data.train.image[:] = data.train.image[..., :1]
-    if not grey:
-        data.train.image[0, 0, 0] = (0, 0, 90)
-    data.seen.image[data.seen.mask > 0] = (250, 120, 0)
-    config = make_config(**{"sampling.normal": 0.0, "sampling.simulated": 0.5,
-                            "sampling.seen": 0.0, "sampling.extended": 0.5})  # fmt: skip
-    for batch in batches(config, data, total_steps=2):
-        made = batch["image"][batch["mask"] > 0].astype(int)
-        assert (np.ptp(made, axis=-1).max() == 0) == grey
-
-
-def test_seen_defects_that_vanished_leave_their_slots_to_simulated_ones():
-    data = make_data()
-    data.seen.mask[:] = 0
-    found = batches(make_config(), data, total_steps=2)
-    for batch in found:
-        made = np.isin(batch["kind"], (input_pipeline.EXTENDED, input_pipeline.SIMULATED))
-        assert batch["mask"][made].any(axis=(1, 2)).all()
 
 
 def test_two_hosts_make_one_host_s_batch(reference):

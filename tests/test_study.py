@@ -11,8 +11,8 @@ import pytest
 
 from configs import mvtec
 from prn_jax import experiment, results, study
-from prn_jax.checkpoints import as_dict
 from prn_jax.errors import UserError
+from prn_jax.identity import as_dict, lock
 
 CATEGORIES, SEEDS = ("bottle", "metal_nut"), (0, 2)
 
@@ -123,7 +123,7 @@ def test_runs_are_resumed_and_one_failure_does_not_stop_the_others(tmp_path):
 
 def test_two_studies_do_not_share_a_folder(tmp_path):
     runs = make_plan(tmp_path)
-    with study._only_one(tmp_path), pytest.raises(UserError, match="another study"):
+    with lock(tmp_path, "study"), pytest.raises(UserError, match="another study"):
         study.execute(runs, tmp_path, 1)
 
 

@@ -8,6 +8,7 @@ from prn_jax import mesh as meshes
 from prn_jax import train
 from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import UserError
+from prn_jax.identity import Identity, as_dict
 
 
 def small_config(**changes):
@@ -43,11 +44,20 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (22, 64, 64, 3), np.uint8)
 
 
+def made_of(config, images):
+    """The identity of a run without files."""
+    steps = train.total_steps(config, len(images))
+    return Identity("folder", "noise", "abc", (), steps, 0, as_dict(config))
+
+
 def run(config, images, folder, devices=1, **kwargs):
     mesh = meshes.create_mesh(jax.devices()[:devices])
     checkpoints = Checkpoints(folder, config.checkpoint.keep)
     try:
-        return train.train(config, images, make_batches(config), checkpoints, mesh, **kwargs)
+        return train.train(
+            config, images, make_batches(config), checkpoints, mesh, made_of(config, images),
+            **kwargs,
+        )  # fmt: skip
     finally:
         checkpoints.close()
 
@@ -173,6 +183,7 @@ def test_the_loop_hands_nothing_over_but_its_batches(images, tmp_path):
     try:
         train.train(
             config, images, batches, checkpoints, meshes.create_mesh(jax.devices()[:2]),
+            made_of(config, images),
             write_scalars=lambda step, scalars: lines.append(step),
         )  # fmt: skip
     finally:

@@ -8,6 +8,8 @@ import difflib
 import os
 from collections.abc import Iterable
 
+from absl import logging
+
 from prn_jax.datasets.base import AnomalyBuilder
 from prn_jax.datasets.btad import Btad
 from prn_jax.datasets.dagm2007 import Dagm2007
@@ -15,7 +17,7 @@ from prn_jax.datasets.demo import Demo
 from prn_jax.datasets.folder import Folder
 from prn_jax.datasets.kolektor_sdd2 import KolektorSdd2
 from prn_jax.datasets.mvtec_ad import MvtecAd
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, shown
 
 BUILDERS: dict[str, type[AnomalyBuilder]] = {
     builder.name: builder for builder in (MvtecAd, Dagm2007, Btad, KolektorSdd2, Folder, Demo)
@@ -43,6 +45,34 @@ def available(
     return [c for c in known if c in found] + sorted(found.difference(known))
 
 
+def all_categories(
+    name: str, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
+) -> list[str]:
+    """Returns what "all" stands for: the categories whose raw files are there.
+
+    TFRecords may be another project's. They count where `manual_dir` is "": no raw files anywhere,
+    as on the workers of a TPU slice.
+
+    Raises:
+      UserError: there is no such data set, or nothing is found.
+    """
+    builder = _builder(name)
+    found = available(name, manual_dir) if os.fspath(manual_dir) else []
+    recorded = available(name, "", data_dir) if not found else []
+    if not os.fspath(manual_dir):
+        found = recorded
+    if not found:
+        hint = "TFRecords without raw files are used where the category is named"
+        error = builder.nothing_found(manual_dir)
+        if recorded:
+            error = UserError(f"{error} ({hint}: there are {', '.join(recorded)})")
+        raise error
+    left_out = [category for category in builder.counts if category not in found]
+    if left_out:
+        logging.warning("not in %s, left out: %s", shown(manual_dir), ", ".join(left_out))
+    return found
+
+
 def prepare(
     name: str, category: str, *, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
 ) -> AnomalyBuilder:
@@ -57,11 +87,32 @@ def prepare(
     Raises:
       UserError: there is no such data set or category, its files are not there, or one is wrong.
     """
+    builder = _known(name, category, manual_dir, data_dir)
+    return builder.prepare(category, manual_dir=manual_dir, data_dir=data_dir)
+
+
+def fingerprint(
+    name: str, category: str, *, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
+) -> str:
+    """Returns the fingerprint of a category's raw files, or of its TFRecords where they are gone.
+
+    Args and errors are those of `prepare`; nothing is written.
+    """
+    builder = _known(name, category, manual_dir, data_dir)
+    return builder.find(category, manual_dir, data_dir)[2]
+
+
+def _known(
+    name: str, category: str, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
+) -> type[AnomalyBuilder]:
+    """The builder of a data set that has the category."""
     builder = _builder(name)
     known = list(builder.counts) or available(name, manual_dir, data_dir)
-    if category not in (known or builder.categories(manual_dir)):
+    if not known:
+        raise builder.nothing_found(manual_dir)
+    if category not in known:
         raise UserError(f"no category {category!r} in {name}; {_nearest(category, known)}")
-    return builder.prepare(category, manual_dir=manual_dir, data_dir=data_dir)
+    return builder
 
 
 def _builder(name: str) -> type[AnomalyBuilder]:

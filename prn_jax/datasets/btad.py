@@ -4,7 +4,7 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from prn_jax.datasets import base
+from prn_jax.datasets import base, layout
 
 _COUNTS = {
     "01": (400, 0, 21, 49),
@@ -27,5 +27,5 @@ class Btad(base.AnomalyBuilder, skip_registration=True):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=category) for category in _COUNTS]
 
     @classmethod
-    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
-        return base.scan_folders(folder, normal="ok", suffixes=("",))
+    def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[layout.Example]:
+        return layout.scan_folders(folder, stray, normal="ok", suffixes=("",))

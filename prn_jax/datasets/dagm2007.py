@@ -4,7 +4,7 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from prn_jax.datasets import base
+from prn_jax.datasets import base, layout
 
 # Defective images of classes 1 to 10, in the training and the test part.
 _DEFECTIVE = {
@@ -37,16 +37,16 @@ class Dagm2007(base.AnomalyBuilder, skip_registration=True):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=category) for category in _counts()]
 
     @classmethod
-    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
-        stray: list[pathlib.Path] = []
+    def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[layout.Example]:
         examples = []
         for part in ("Train", "Test"):
-            found = base.list_images(folder / part, stray, folders=("Label",))
-            labels = base.list_images(folder / part / "Label", stray)
-            masks = base.pair_masks(found, labels, ("_label",))
+            found = layout.list_images(folder / part, stray, folders=("Label",))
+            labels = layout.list_images(folder / part / "Label", stray)
+            stray[:] = [x for x in stray if x.name.lower() != "labels.txt"]  # of the archive
+            masks = layout.pair_masks(found, labels, ("_label",))
             for stem, path in found.items():
-                defect = "defect" if stem in masks else base.GOOD
+                defect = "defect" if stem in masks else layout.GOOD
                 examples.append(
-                    base.Example(f"{part}/{stem}", part.lower(), defect, path, masks.get(stem))
+                    layout.Example(f"{part}/{stem}", part.lower(), defect, path, masks.get(stem))
                 )
-        return examples, stray
+        return examples

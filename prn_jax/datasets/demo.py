@@ -174,7 +174,7 @@ class Demo(base.AnomalyBuilder, skip_registration=True):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=c) for c in ("gravel", "brick", "grass")]
 
     @classmethod
-    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
+    def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[base.Example]:
         raise AssertionError(f"the demo has no files to scan in {folder}")
 
     @classmethod
@@ -188,11 +188,16 @@ class Demo(base.AnomalyBuilder, skip_registration=True):
         return {name: path for name in cls.counts if (path := folder / f"{name}.png").is_file()}
 
     @classmethod
+    def nothing_found(cls, manual_dir: str | os.PathLike) -> UserError:
+        """Returns the error where scikit-image is not installed."""
+        return cls._missing(manual_dir, "gravel")
+
+    @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
         del manual_dir
         return UserError(
             f"demo/{category}: its photograph comes with scikit-image, which is not installed; "
-            "install the extra: pip install 'prn-jax[demo]'"
+            "in the source tree: pip install -e '.[demo]'"
         )
 
     @classmethod

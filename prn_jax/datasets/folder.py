@@ -1,10 +1,15 @@
 """Anybody's own images, in MVTec AD's layout."""
 
+import hashlib
+import json
 import os
 import pathlib
+import re
 
-from prn_jax.datasets import base
-from prn_jax.errors import UserError
+from etils import epath
+
+from prn_jax.datasets import base, layout
+from prn_jax.errors import UserError, shown
 
 
 class Folder(base.AnomalyBuilder, skip_registration=True):
@@ -23,6 +28,8 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
     @classmethod
     def sources(cls, manual_dir: str | os.PathLike) -> dict[str, pathlib.Path]:
         """Returns the products' folders by the products' names."""
+        if not os.fspath(manual_dir):  # not the current folder: there are none
+            return {}
         root = pathlib.Path(manual_dir).expanduser().resolve()
         if _is_product(root):
             return {root.name: root}
@@ -38,12 +45,52 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         return found
 
     @classmethod
+    def _records_name(
+        cls, category: str, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
+    ) -> str:
+        """Returns a name of the product and of where its raw files are.
+
+        Two projects may have a product of the same name. Where the raw files are gone, the
+        TFRecords of this product that there are count.
+
+        Raises:
+          UserError: there are those of several products.
+        """
+        root = pathlib.Path(manual_dir).expanduser().resolve()
+        source = root if root.name == category else root / category
+        digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
+        name = re.sub(r"[^\w.-]+", "_", category)[:60] + f"-{digest}"
+        if category in cls.sources(manual_dir):
+            return name
+        found = [folder for owner, folder in cls._records(data_dir) if owner == category]
+        if name in found or not found:
+            return name
+        if len(found) > 1:
+            root = epath.Path(os.path.expanduser(data_dir)) / cls.name
+            origins = [_remembered(root / x / str(cls.VERSION)).get("source", x) for x in found]
+            raise UserError(
+                f"folder: {shown(data_dir)} has TFRecords of {len(found)} products {category!r}, "
+                f"made from {', '.join(map(shown, origins))}: set data.manual_dir to one of these"
+            )
+        return found[0]
+
+    @classmethod
+    def _category_of(cls, folder: epath.Path) -> str:
+        """Returns the product whose TFRecords these are."""
+        return _remembered(folder).get("category", folder.parent.name)
+
+    @classmethod
+    def nothing_found(cls, manual_dir: str | os.PathLike) -> UserError:
+        """Returns the error where there is no product."""
+        return cls._missing(manual_dir, "")
+
+    @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
         root = pathlib.Path(manual_dir).expanduser()
         product = category or "<product>"
         if not root.is_dir():
             return UserError(
-                f"folder: no folder {root}; set data.manual_dir to your images' folder"
+                f"folder: no folder {shown(root)}; set data.manual_dir to your images' folder"
             )
         return UserError(
             f"folder: neither {root}/train/good nor {root}/{product}/train/good is there; put the "
@@ -51,9 +98,19 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         )
 
     @classmethod
-    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
-        return base.scan_folders(folder, normal=base.GOOD, suffixes=("_mask", ""))
+    def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[layout.Example]:
+        return layout.scan_folders(
+            folder, stray, normal=layout.GOOD, suffixes=("_mask", ""), needs_masks=False
+        )
 
 
 def _is_product(folder: pathlib.Path) -> bool:
-    return (folder / "train" / base.GOOD).is_dir()
+    return (folder / "train" / layout.GOOD).is_dir()
+
+
+def _remembered(folder: epath.Path) -> dict[str, str]:
+    """What TFRecords keep beside them: `category` and `source`; an earlier version's neither."""
+    try:
+        return json.loads((folder / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return {}

@@ -4,8 +4,8 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from prn_jax.datasets import base
-from prn_jax.errors import UserError
+from prn_jax.datasets import base, layout
+from prn_jax.errors import UserError, shown
 
 _SUFFIX = "_GT"
 
@@ -31,17 +31,18 @@ class KolektorSdd2(base.AnomalyBuilder, skip_registration=True):
         return root
 
     @classmethod
-    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
-        stray: list[pathlib.Path] = []
+    def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[layout.Example]:
         examples = []
         for split in ("train", "test"):
-            files = base.list_images(folder / split, stray)
+            files = layout.list_images(folder / split, stray)
             masks = {stem: path for stem, path in files.items() if stem.endswith(_SUFFIX)}
             found = {stem: path for stem, path in files.items() if stem not in masks}
-            masks = base.pair_masks(found, masks, (_SUFFIX,))
+            masks = layout.pair_masks(found, masks, (_SUFFIX,))
             for stem, path in found.items():
                 if stem not in masks:
-                    mask = path.with_stem(stem + _SUFFIX)
-                    raise UserError(f"{path}: an image without a mask; expected {mask}")
-                examples.append(base.Example(f"{split}/{stem}", split, None, path, masks[stem]))
-        return examples, stray
+                    mask = path.with_stem(path.stem + _SUFFIX)
+                    raise UserError(
+                        f"{shown(path)}: an image without a mask; expected {shown(mask)}"
+                    )
+                examples.append(layout.Example(f"{split}/{stem}", split, None, path, masks[stem]))
+        return examples

@@ -4,7 +4,7 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from prn_jax.datasets import base
+from prn_jax.datasets import base, layout
 
 _COUNTS = {
     "bottle": (209, 0, 20, 63),
@@ -36,5 +36,5 @@ class MvtecAd(base.AnomalyBuilder, skip_registration=True):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=category) for category in _COUNTS]
 
     @classmethod
-    def _scan(cls, folder: pathlib.Path) -> tuple[list[base.Example], list[pathlib.Path]]:
-        return base.scan_folders(folder, normal="good", suffixes=("_mask",))
+    def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[layout.Example]:
+        return layout.scan_folders(folder, stray, normal="good", suffixes=("_mask",))

@@ -2,10 +2,10 @@
 
 The normal images themselves tell. On pictures of an object the corners show the background: what
 differs from them in colour is the product. On a texture the corners look like everything else, and
-the whole image is foreground. Where the background has a structure of its own (a board with holes),
-an aligned product is what occurs nowhere along the edges of any image, if the images agree on it.
-PRN's first author uses a saliency network for this; the estimate here needs none, and no threshold
-per category.
+the whole image is foreground. Where the background has a structure of its own (holes and strips of
+a circuit board), what differs from the corners crosses the border in many places: the estimate is
+not trusted, and the whole image is foreground too. PRN's first author uses a saliency network for
+this; the estimate here needs none, and no threshold per category.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 from absl import logging
 from etils import epath
-from scipy import ndimage, spatial
+from scipy import ndimage
 
 # Fractions of the image's side, and of its pixels.
 _CORNER = 0.06
@@ -24,17 +24,10 @@ _GROWTH = 0.015
 # An object leaves the corners free and fills a fair part of the rest.
 _MOST_IN_CORNERS = 0.1
 _LEAST, _MOST = 0.04, 0.97
+# A product leaves the picture in few places; a background with a structure does in many.
+_MOST_CROSSINGS = 4
 # Least share of the distances' variance that the two classes explain (one Gaussian: 0.64).
 _SEPARATION = 0.7
-# A product reaches the edge of the image in few places, a structured background in many.
-_MOST_MEETINGS = 4
-# What the frame shows, and how it is compared: its width and the scales as fractions of the side,
-# how many images judge and how many of their pixels are known.
-_FRAME, _SCALES = 0.08, (0.008, 0.03)
-_JUDGES, _KNOWN = 32, 2000
-# Least intersection over union of each image's product with the common one, and the most of the
-# common one in the frame.
-_AGREEMENT, _MOST_IN_FRAME = 0.5, 0.02
 # Raise it when the estimate changes: what was cached is then made anew.
 _VERSION = 2
 
@@ -81,16 +74,20 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
 
     Returns:
       The foreground, uint8 [n, h, w] in {0, 1}, and whether the category is an object; on a
-      texture (or where the estimate is not trustworthy) all is foreground.
+      texture, and where the estimate is not trustworthy, all is foreground.
     """
     everything = np.ones(images.shape[:3], np.uint8)
     step = max(1, min(images.shape[1:3]) // 128)
     small = images[:, ::step, ::step]
-    products = _unlike_corners(small)
-    if products is None:
-        products = _unlike_frame(small)
-    if products is None:
+    distance = np.stack([_distance_from_corners(image) for image in small])
+    threshold, separation = _otsu(distance)
+    products = distance > threshold
+    corner = _corners(products.shape[1:])
+    in_corners, coverage = products[:, corner].mean(), products.mean()
+    if separation < _SEPARATION or in_corners > _MOST_IN_CORNERS or not _LEAST <= coverage <= _MOST:
         return everything, False
+    if np.median([_crossings(x) for x in products]) > _MOST_CROSSINGS:
+        return everything, True
     products = np.stack([_tidy(x) for x in products])
     if (products.mean(axis=(1, 2)) < _LEAST / 2).mean() > 0.05:
         return everything, False
@@ -101,58 +98,13 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
     return everything, True
 
 
-def _unlike_corners(images: np.ndarray) -> np.ndarray | None:
-    """What differs in colour from the corners, bool [n, h, w]; None where that is no product."""
-    distance = np.stack([_distance_from_corners(image) for image in images])
-    threshold, separation = _otsu(distance)
-    products = distance > threshold
-    in_corners, coverage = products[:, _corners(products.shape[1:])].mean(), products.mean()
-    meetings = np.median([_meetings_with_the_edge(x) for x in products])
-    trusted = (
-        separation >= _SEPARATION
-        and in_corners <= _MOST_IN_CORNERS
-        and _LEAST <= coverage <= _MOST
-        and meetings <= _MOST_MEETINGS
-    )
-    return products if trusted else None
-
-
-def _unlike_frame(images: np.ndarray) -> np.ndarray | None:
-    """What occurs nowhere near the edges of any image, bool [n, h, w]; None without agreement.
-
-    For an aligned product on a structured background: each pixel's surroundings, at a fine and a
-    coarse scale, are compared with all that the frame shows.
-    """
-    side, shape = min(images.shape[1:3]), images.shape[1:3]
-    frame = np.ones(shape, bool)
-    width = max(2, round(_FRAME * side))
-    frame[width:-width, width:-width] = False
-
-    def surroundings(image: np.ndarray) -> np.ndarray:
-        image = image.astype(np.float32)
-        scales = [ndimage.gaussian_filter(image, (s * side, s * side, 0)) for s in _SCALES]
-        return np.concatenate(scales, -1)
-
-    chosen = images[:: -(-len(images) // _JUDGES)]
-    known = np.concatenate([surroundings(image)[frame] for image in chosen])
-    tree = spatial.cKDTree(known[:: -(-len(known) // _KNOWN)])
-
-    def distance(image: np.ndarray) -> np.ndarray:
-        return tree.query(surroundings(image).reshape(-1, known.shape[1]))[0].reshape(shape)
-
-    judged = np.stack([distance(image) for image in chosen])
-    mean = judged.mean(axis=0)
-    threshold, separation = _otsu(mean)
-    common, own = mean > threshold, judged > threshold
-    agreement = np.mean([(x & common).sum() / max(1, (x | common).sum()) for x in own])
-    if (
-        separation < _SEPARATION
-        or agreement < _AGREEMENT
-        or common[frame].mean() > _MOST_IN_FRAME
-        or not _LEAST <= common.mean() <= _MOST
-    ):
-        return None
-    return np.stack([(distance(image) > threshold) | common for image in images])
+def describe(foreground: np.ndarray, is_object: bool) -> str:
+    """What `estimate_foreground` found, for people."""
+    if not is_object:
+        return "everywhere (a texture: nothing stands out from the corners)"
+    if foreground.all():
+        return "everywhere (the background has a structure, from which no object stands out)"
+    return f"{foreground.mean():.0%} of the image"
 
 
 def foreground_points(foreground: np.ndarray, count: int = 256) -> np.ndarray:
@@ -175,10 +127,10 @@ def _corners(shape: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _meetings_with_the_edge(mask: np.ndarray) -> int:
-    """How many times a mask, bool [h, w], reaches the edge of the image, once around."""
-    edge = np.concatenate([mask[0], mask[1:, -1], mask[-1, -2::-1], mask[-2:0:-1, 0]])
-    return int((edge != np.roll(edge, 1)).sum()) // 2
+def _crossings(mask: np.ndarray) -> int:
+    """In how many separate places a mask, bool [h, w], reaches the border of the image."""
+    border = np.concatenate([mask[0], mask[1:, -1], mask[-1, -2::-1], mask[-2:0:-1, 0]])
+    return int(np.sum(border & ~np.roll(border, 1)))
 
 
 def _distance_from_corners(image: np.ndarray) -> np.ndarray:

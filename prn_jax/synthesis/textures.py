@@ -7,9 +7,9 @@ from absl import logging
 from PIL import Image
 from scipy import ndimage
 
-from prn_jax.errors import UserError
+from prn_jax import images
+from prn_jax.errors import UserError, shown
 
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # scikit-image's photographs that its package contains.
 _PHOTOGRAPHS = (
     "brick",
@@ -64,17 +64,16 @@ def load_textures(
 
 
 def _from_folder(folder: pathlib.Path, size: tuple[int, int], limit: int) -> np.ndarray:
-    paths = sorted(x for x in folder.rglob("*") if x.suffix.lower() in _EXTENSIONS)
+    paths, skipped = images.find_images(folder)
+    why = f"skipped {images.describe(skipped)}" if skipped else ""
     if not paths:
-        raise UserError(f"synthesis.textures={folder}: there are no images in it")
-    textures = []
-    for path in (paths[i] for i in spread(len(paths), limit)):
-        try:
-            with Image.open(path) as image:
-                textures.append(_fit(image, size))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path} cannot be read: remove it or replace it") from error
-    return np.stack(textures)
+        raise UserError(
+            f"synthesis.textures={shown(folder)}: there are no images in it{why and '; '}{why}"
+        )
+    if skipped:
+        logging.warning("synthesis.textures: %s", why)
+    chosen = (paths[i] for i in spread(len(paths), limit))
+    return np.stack([images.resize(images.read_array(path), size) for path in chosen])
 
 
 def _from_tfds(size: tuple[int, int], limit: int, data_dir: str) -> np.ndarray:
@@ -117,7 +116,7 @@ def _bundled(size: tuple[int, int], exclude: str) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     textures = []
     for name in _PHOTOGRAPHS:
-        path = next((p for p in folder.glob(f"{name}.*") if p.suffix in _EXTENSIONS), None)
+        path = next((p for p in folder.glob(f"{name}.*") if images.is_image(p)), None)
         if path is None or name == exclude:
             continue
         with Image.open(path) as image:

@@ -147,7 +147,11 @@ def test_folder(tmp_path, prepare, log, inside):
     written = _make_mixed(tmp_path / "raw")
     (tmp_path / "raw/notes").mkdir()
     (tmp_path / "raw/widget/test/dent/notes.txt").write_text("a stray file")
-    trees.save(tmp_path / "raw/widget/test/dent/more/000.png", trees.draw(0))
+    for part in ("test/dent/more/000", "ground_truth/dent/more/000_mask"):
+        (tmp_path / "raw/widget" / part).parent.mkdir()
+    more = trees.save(tmp_path / "raw/widget/test/dent/more/000.png", trees.draw(0))
+    mask = tmp_path / "raw/widget/ground_truth/dent/more/000_mask.png"
+    written["test/dent/more/000"] = more, trees.save(mask, trees.draw_mask(0))
     trees.save(tmp_path / "raw/widget/train/loose.png", trees.draw(0))
     manual_dir = tmp_path / "raw" / ("widget" if inside else "")
     assert datasets.categories("folder", manual_dir) == ["widget"]
@@ -155,9 +159,9 @@ def test_folder(tmp_path, prepare, log, inside):
     _check(builder, written, {id_: id_.split("/")[1] for id_ in written})
     (warning,) = log(logging.WARNING)
     assert "skipped" in warning
-    for name in ("notes.txt", "dent/more", "train/loose.png"):
+    for name in ("notes.txt", "train/loose.png"):
         assert name in warning
-    assert any("train 4 good; test 2 dent, 2 good, 2 spot" in line for line in log())
+    assert any("train 4 good; test 3 dent, 2 good, 2 spot" in line for line in log())
 
 
 def test_folder_without_defects_or_tests(tmp_path, prepare):
@@ -398,5 +402,5 @@ def test_demo_splits_share_no_pixel(prepare):
 
 def test_demo_without_scikit_image(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"prn-jax\[demo\]"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[demo\]'"):
         datasets.prepare("demo", "gravel", manual_dir="", data_dir=tmp_path)

@@ -90,25 +90,3 @@ def test_the_score_is_the_mean_of_the_highest_pixels(size, count):
     maps = np.random.default_rng(0).random((3, *size)).astype(np.float32)
     expected = np.sort(maps.reshape(3, -1), axis=1)[:, -count:].mean(axis=1)
     np.testing.assert_allclose(evaluate.image_score(jnp.asarray(maps), 100), expected, rtol=1e-6)
-
-
-def test_thresholds():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.random(40).astype(np.float32), rng.integers(0, 2, 40)
-    maps = rng.random((5, 4, 4)).astype(np.float32)
-    masks = rng.integers(0, 2, (5, 4, 4))
-    from prn_jax.metrics import rank_images, rank_pixels
-
-    found = evaluate.thresholds(rank_images(scores, labels), rank_pixels(maps, masks))
-
-    def f1(threshold):
-        called = scores >= threshold
-        return 2 * (called & (labels == 1)).sum() / (called.sum() + labels.sum())
-
-    assert f1(found["image"]) == max(f1(x) for x in scores)
-    nothing = rank_images(scores, np.zeros(40, int)), rank_pixels(maps, np.zeros_like(masks))
-    assert evaluate.thresholds(*nothing) is None
-    found = evaluate.thresholds_from_normals(maps, scores)
-    assert found["image"] > scores.max()
-    assert found["pixel"] > maps.max()
-    assert found["image"] == pytest.approx(scores.max(), rel=1e-6)

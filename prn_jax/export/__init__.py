@@ -1,25 +1,28 @@
 """A trained network as a file that other runtimes execute: StableHLO, SavedModel, ONNX.
 
 All take `image`, uint8 [b, h, w, 3] at the network's size, and give `map`, float32 [b, h, w], and
-`score`, float32 [b], both in [0, 1]; normalisation is inside. Compute type: float32.
+`score`, float32 [b], both in [0, 1]; normalisation is inside. Compute type: float32. Beside each
+lies its description, `NAME.json`; `place` says what may be replaced.
 """
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prn_jax import evaluate
+from prn_jax import evaluate, results
 from prn_jax.errors import UserError
+from prn_jax.export import place
 from prn_jax.predict import Detector
 
 FORMATS = ("stablehlo", "savedmodel", "onnx")
@@ -55,13 +58,16 @@ def run(image):
 }
 _RUN = """
 images, size = np.load(sys.argv[2]), int(sys.argv[4])
+count = len(images)
+# The last ones are filled up with the first ones.
+images = images[np.arange(-(-count // size) * size) % count]
 parts = [images[i : i + size] for i in range(0, len(images), size)]
 once = lambda: [[np.asarray(x) for x in run(part)] for part in parts]
 found = once()
 began = time.perf_counter()
 once()
 seconds = time.perf_counter() - began
-maps, scores = (np.concatenate(x) for x in zip(*found))
+maps, scores = (np.concatenate(x)[:count] for x in zip(*found))
 np.savez(sys.argv[3], map=maps, score=scores, seconds=seconds)
 """
 
@@ -93,17 +99,16 @@ def export(
     Args:
       detector: from `prn_jax.load`.
       kind: one of `FORMATS`.
-      path: the file, of a SavedModel the folder; what is there is replaced.
+      path: the file, of a SavedModel the folder; only an earlier export of the same format is
+        replaced. `<path>.json` describes it.
       images: to compare on, uint8 [n, h, w, 3] at the network's size; at least one.
       batch_size: that the export takes; 0 for any.
 
     Raises:
-      UserError: a package is missing, or the export differs by more than `TOLERANCE`; nothing is
-        left at `path` that was not there before.
+      UserError: something else lies at `path`, a package is missing, or the export differs by
+        more than `TOLERANCE`; nothing is left at `path` that was not there before.
     """
-    needed = {"savedmodel": "tensorflow", "onnx": "jax2onnx"}.get(kind)
-    if needed and importlib.util.find_spec(needed) is None:
-        raise UserError(f"--format={kind} needs {needed}: pip install 'prn-jax[export]'")
+    path = prepare(kind, path)
     model = detector.model.clone(dtype=jnp.float32)
     variables = jax.tree.map(jnp.asarray, jax.device_get(detector.variables))
     pixels = detector.config.score_pixels
@@ -115,29 +120,59 @@ def export(
         maps = compute_map(image)
         return maps, evaluate.image_score(maps, pixels)
 
-    images = images[: len(images) // batch_size * batch_size] if batch_size else images
     if not len(images):
-        raise UserError(f"fewer than {max(1, batch_size)} images to compare on")
+        raise UserError("no images to compare on")
     batch = batch_size or jax.export.symbolic_shape("b")[0]
     spec = jax.ShapeDtypeStruct((batch, *detector.image_size, 3), jnp.uint8)
-    path = pathlib.Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            made = pathlib.Path(folder) / path.name
-            if kind == "stablehlo":
-                _stablehlo(compute, spec, made)
-            elif kind == "savedmodel":
-                _savedmodel(compute_map, spec, pixels, made)
-            else:
-                _onnx(compute, spec, made)
-            checked = _compare(kind, made, compute, images, batch_size or min(16, len(images)))
-            if path.is_dir():
-                shutil.rmtree(path)
-            made.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    # In a folder of the system's, whose name every library can write to; `path` has any name.
+    with tempfile.TemporaryDirectory() as folder:
+        made = pathlib.Path(folder) / "export"
+        if kind == "stablehlo":
+            _stablehlo(compute, spec, made)
+        elif kind == "savedmodel":
+            _savedmodel(compute_map, spec, pixels, made)
+        else:
+            _onnx(compute, spec, made)
+        checked = _compare(kind, made, compute, images, batch_size or min(16, len(images)))
+        place.put(made, path, kind, _about(detector, batch_size))
     return checked
+
+
+def prepare(kind: str, path: str | os.PathLike) -> pathlib.Path:
+    """Refuses, before anything is computed, what could not be written in the end.
+
+    Returns:
+      `path`, absolute.
+
+    Raises:
+      UserError: something else lies at `path`, it cannot be written to, or a package is missing.
+    """
+    path = place.resolve(path)
+    place.check(path, kind)
+    with place.staged(path):
+        pass
+    needed = {"savedmodel": ["tensorflow"], "onnx": ["jax2onnx", "onnxruntime"]}.get(kind, [])
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--format={kind} needs {' and '.join(missing)}: run pip install -e '.[export]' in the "
+            "folder of the source tree"
+        )
+    return path
+
+
+def _about(detector: Detector, batch_size: int) -> dict[str, Any]:
+    """What the user of an export has to know: plain JSON types."""
+    provenance = results.provenance()
+    height, width = detector.image_size
+    return {
+        "category": detector.config.category,
+        "input": {"name": "image", "type": "uint8", "channels": "RGB",
+                  "shape": [batch_size or "any", height, width, 3]},
+        "thresholds": detector.thresholds,
+        "git": provenance["git"],
+        "versions": provenance["versions"],
+    }  # fmt: skip
 
 
 def _stablehlo(compute: Callable, spec: jax.ShapeDtypeStruct, path: pathlib.Path) -> None:
@@ -183,10 +218,16 @@ def _onnx(compute: Callable, spec: jax.ShapeDtypeStruct, path: pathlib.Path) -> 
     import jax2onnx
     import onnx
 
+    logging.getLogger("onnx_ir.serde").addFilter(_is_news)
     model = jax2onnx.to_onnx(
         compute, [spec], model_name="prn", input_names=["image"], output_names=["map", "score"]
     )
     onnx.save(model, str(path))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a warning says anything: one for each of 220 values without a type does not."""
+    return "Skipping serialization" not in str(record.msg)
 
 
 def _compare(kind: str, path: pathlib.Path, compute, images: np.ndarray, size: int) -> Checked:

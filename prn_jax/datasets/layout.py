@@ -1,0 +1,193 @@
+"""Where images and masks lie: MVTec AD's layout, and what other layouts share with it."""
+
+import dataclasses
+import difflib
+import pathlib
+import re
+from collections.abc import Iterable
+
+from prn_jax import images
+from prn_jax.errors import UserError, shown
+
+GOOD = "good"
+# What folders of normal images are called elsewhere, letters only.
+_NORMAL_NAMES = (
+    *("good", "goods", "ok", "okay", "normal", "normals", "nominal", "pass", "passed", "fine"),
+    *("nondefective", "defectfree", "nodefect", "nodefects", "faultfree", "clean", "negative"),
+)
+# What is put behind an image's name to name its mask.
+_MASK_WORD = re.compile(r"[-_. ]?(mask|gt|label|groundtruth|ground_truth|seg|annotation)$", re.I)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One image of a category, and where its mask is.
+
+    `defect` is "good" for a normal image and None where only the mask tells.
+    """
+
+    id: str
+    split: str
+    defect: str | None
+    image: pathlib.Path
+    mask: pathlib.Path | None
+
+
+def list_images(
+    folder: pathlib.Path, stray: list[pathlib.Path], folders: Iterable[str] = ()
+) -> dict[str, pathlib.Path]:
+    """Lists the image files below a folder by their path in it, without extension, sorted.
+
+    Args:
+      folder: the folder; where it does not exist the result is empty.
+      stray: gets what has no business here.
+      folders: the names of subfolders that are read on their own.
+
+    Raises:
+      UserError: two files differ only in their extension, so that their ids would be equal.
+    """
+    files, skipped = images.find_images(folder, besides=folders)
+    stray.extend(skipped)
+    found: dict[str, pathlib.Path] = {}
+    for path in files:
+        stem = shown(path.relative_to(folder).with_suffix("").as_posix())
+        if stem in found:
+            raise UserError(
+                f"{shown(found[stem])} and {shown(path)} have the same name but for the extension; "
+                "rename one of them"
+            )
+        found[stem] = path
+    return found
+
+
+def out_of_place(folder: pathlib.Path, known: Iterable[str]) -> list[pathlib.Path]:
+    """What lies right in a folder of folders, but those that are known."""
+    return sorted(x for x in folder.iterdir() if x.name not in known) if folder.is_dir() else []
+
+
+def pair_masks(
+    found: dict[str, pathlib.Path], masks: dict[str, pathlib.Path], suffixes: Iterable[str]
+) -> dict[str, pathlib.Path]:
+    """Finds each image's mask, named `<stem><suffix>`; returns masks by the images' stems.
+
+    Raises:
+      UserError: a mask has no image, or an image has two masks.
+    """
+    masks = dict(masks)
+    paired: dict[str, pathlib.Path] = {}
+    for suffix in suffixes:
+        for stem in found:
+            mask = masks.pop(stem + suffix, None)
+            if mask is not None and stem in paired:
+                two = f"{shown(paired[stem])} and {shown(mask)}"
+                raise UserError(f"{shown(found[stem])} has two masks, {two}; remove one")
+            if mask is not None:
+                paired[stem] = mask
+    for stem, mask in masks.items():
+        raise UserError(
+            f"{shown(mask)}: a mask without an image; {_likely(stem, found, paired, suffixes)}"
+        )
+    return paired
+
+
+def _likely(
+    stem: str, found: dict[str, pathlib.Path], paired: Iterable[str], suffixes: tuple[str, ...]
+) -> str:
+    """The advice on a mask of that name which belongs to no image."""
+    names = " or ".join(f"<image's name>{suffix}.*" for suffix in suffixes)
+    looked = f"masks are looked for as {names}"
+    free = [x for x in found if x not in paired]
+    inside = [x for x in free if x.rsplit("/", 1)[-1] in stem]
+    close = [max(inside, key=len)] if inside else difflib.get_close_matches(stem, free, n=1)
+    if not close:
+        return f"add its image or remove the mask ({looked})"
+    name = f"{close[0].rsplit('/', 1)[-1]}{suffixes[0]}"
+    return f"did you mean {name}, the mask of {shown(found[close[0]])}? {looked}; rename it"
+
+
+def scan_folders(
+    folder: pathlib.Path,
+    stray: list[pathlib.Path],
+    *,
+    normal: str,
+    suffixes: tuple[str, ...],
+    needs_masks: bool = True,
+) -> list[Example]:
+    """Reads MVTec AD's layout, which others took over.
+
+    `train/<normal>`, `test/<normal>`, `test/<defect>`, `ground_truth/<defect>/<stem><suffix>`, and
+    subfolders of each, a mask's like its image's.
+
+    Args:
+      folder: the category's folder.
+      stray: gets the stray files and folders.
+      normal: what the folders of normal images are called.
+      suffixes: what may follow the image's stem in its mask's name.
+      needs_masks: whether a defective image without a mask is an error.
+
+    Returns:
+      The examples.
+
+    Raises:
+      UserError: a defective image has no mask though it needs one, a mask no image, or there is an
+        ambiguous name.
+    """
+    parts = ("train", "test", "ground_truth")
+    stray.extend(x for x in out_of_place(folder, parts) if x.is_dir())
+    stray.extend(out_of_place(folder / "train", (normal,)))
+    train = list_images(folder / "train" / normal, stray)
+    examples = [Example(f"train/{normal}/{k}", "train", GOOD, v, None) for k, v in train.items()]
+    names = {
+        path.name
+        for part in parts[1:]
+        if (folder / part).is_dir()
+        for path in (folder / part).iterdir()
+        if path.is_dir() and images.why_skipped(path) == "a folder"
+    }
+    for part in parts[1:]:
+        stray.extend(out_of_place(folder / part, names))  # An image there belongs to no defect.
+    listed = {
+        name: [list_images(folder / part / name, stray) for part in parts[1:]]
+        for name in sorted(names)
+    }
+    for name, (found, masks) in listed.items():
+        masked = dict(masks)
+        _check_names(folder, name, normal, found, masked, suffixes)
+        paired = pair_masks(found, masks, suffixes)
+        for stem, path in found.items():
+            if name != normal and stem not in paired and needs_masks:
+                mask = folder / "ground_truth" / name / f"{stem}{suffixes[0]}.png"
+                raise UserError(
+                    f"{shown(path)}: a defective image without a mask; expected {shown(mask)}"
+                )
+            defect = GOOD if name == normal else shown(name)
+            id_ = f"test/{shown(name)}/{stem}"
+            examples.append(Example(id_, "test", defect, path, paired.get(stem)))
+    return examples
+
+
+def _check_names(
+    folder: pathlib.Path,
+    name: str,
+    normal: str,
+    found: dict[str, pathlib.Path],
+    masks: dict[str, pathlib.Path],
+    suffixes: tuple[str, ...],
+) -> None:
+    """Asks about the likely slips: normal images or masks among the defective images."""
+    if name == normal or not found:
+        return
+    path = folder / "test" / name
+    if not masks and re.sub("[^a-z]", "", name.lower()) in _NORMAL_NAMES:
+        raise UserError(
+            f"{shown(path)}: is this the folder of normal images? Its images have no masks, and "
+            f"defects are not called so; rename it {shown(folder / 'test' / normal)}"
+        )
+    for stem, image in found.items():
+        plain = _MASK_WORD.sub("", stem)
+        if plain != stem and plain in found:
+            mask = folder / "ground_truth" / name / f"{plain}{suffixes[0]}{image.suffix}"
+            raise UserError(
+                f"{shown(image)}: is this the mask of {shown(found[plain])}? "
+                f"Masks are looked for in ground_truth; move it to {shown(mask)}"
+            )

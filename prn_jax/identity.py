@@ -1,0 +1,215 @@
+"""What a run is made of: stored with its checkpoints and results, compared in one place; its lock.
+
+A run whose data, seen anomalies, length or configuration are others than before is another run. It
+neither goes on from what is there nor is it finished, unless its user says so.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from prn_jax.errors import UserError, shown
+
+# Fields that may differ between a run and its continuation: they say where things are, how often
+# something is written, or how evaluation is cut into batches, and change no figure. The length of
+# the training is compared as `steps`.
+FREE_FIELDS = (
+    "category",
+    "checkpoint",
+    "data.data_dir",
+    "data.manual_dir",
+    "epochs",
+    "eval_batch_size",
+    "eval_every",
+    "log_every",
+    "total_steps",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a run is made of.
+
+    Attributes:
+      dataset: its name, as in `config.data.name`.
+      category: its name.
+      fingerprint: of the raw files, see `datasets.base.fingerprint`; "" of a run that an earlier
+        version made, which did not record it.
+      seen: ids of the seen anomalies, sorted.
+      steps: that the whole training has.
+      white_level: grey level that became 255, 0 where the files have 8 bits.
+      config: the whole configuration, plain JSON types.
+      changes: what became different on the way, let pass by --allow_config_change.
+    """
+
+    dataset: str
+    category: str
+    fingerprint: str
+    seen: tuple[str, ...]
+    steps: int
+    white_level: int
+    config: dict[str, Any]
+    changes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        lists = {"seen": list(self.seen), "changes": list(self.changes)}
+        return dataclasses.asdict(self) | lists
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Identity":
+        """From what `as_json` gave, or from an earlier version's bare configuration."""
+        if "fingerprint" not in stored:
+            config = {name: value for name, value in stored.items() if name != "steps"}
+            steps = stored.get("steps", 0)
+            return cls(config["data"]["name"], config["category"], "", (), steps, 0, config)
+        lists = {name: tuple(stored[name]) for name in ("seen", "changes")}
+        return cls(**stored | lists)
+
+    @classmethod
+    def of_run(cls, run: dict[str, Any]) -> "Identity":
+        """Of a finished run, from its `results.json`."""
+        earlier = run["config"] | {"steps": run.get("steps", 0)}
+        return cls.from_json(run.get("identity") or earlier)
+
+    def today(self, config: ConfigDict, fingerprint: str) -> "Identity":
+        """This run with another configuration and data, as far as is known before loading it."""
+        old = self.config
+        kept = config.epochs == old.get("epochs") and not old.get("total_steps")
+        steps = config.total_steps if config.total_steps > 0 else self.steps if kept else 0
+        return dataclasses.replace(
+            self, config=as_dict(config), fingerprint=fingerprint, steps=steps
+        )
+
+    def differences(self, other: "Identity") -> list[str]:
+        """What `other` is made of that this is not, each in words; empty where they are alike."""
+        found = []
+        if self.fingerprint:  # else it is not known
+            if self.fingerprint != other.fingerprint:
+                found.append("the images changed: some were added, removed or replaced")
+            if gone := set(self.seen) - set(other.seen):
+                found.append(f"no longer a seen anomaly: {_some(gone)}")
+            if new := set(other.seen) - set(self.seen):
+                found.append(f"newly a seen anomaly: {_some(new)}")
+        old, new = _flatten(self.config), _flatten(other.config)
+        changed = {
+            name: f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name, "absent") != new.get(name, "absent")
+        }
+        if self.steps and self.steps != other.steps:
+            length = [changed[name] for name in ("epochs", "total_steps") if name in changed]
+            found += length or [f"its steps were {self.steps}, are {other.steps}"]
+        return found + [text for name, text in changed.items() if not _is_free(name)]
+
+    def check(self, other: "Identity", where: str, allow: bool = False) -> "Identity":
+        """Refuses to go on with what `other` is made of, unless it is allowed.
+
+        Args:
+          other: what a run is to be made of now.
+          where: what this is the identity of, for the message.
+          allow: let differences pass, with a warning.
+
+        Returns:
+          `other`, which remembers what was let pass.
+
+        Raises:
+          UserError: naming the differences and what to do.
+        """
+        found = self.differences(other)
+        text = f"{where} is made of something else ({'; '.join(found)})"
+        if self.fingerprint and set(self.seen) - set(other.seen):
+            raise UserError(
+                f"{text}: what it was trained on would be tested on. Put the images and fields "
+                "back, or give another --workdir"
+            )
+        if found and not allow:
+            raise UserError(
+                f"{text}: undo that, give another --workdir, or pass --allow_config_change, which "
+                "goes on from the last checkpoint and evaluates anew"
+            )
+        if found:
+            logging.warning("%s: going on, as --allow_config_change says", text)
+        return dataclasses.replace(other, changes=(*self.changes, *found))
+
+
+def as_dict(config: ConfigDict) -> dict[str, Any]:
+    """A configuration as plain JSON types."""
+    return json.loads(config.to_json())
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")
+
+
+@contextlib.contextmanager
+def lock(folder: os.PathLike, what: str = "training", inheritable: bool = False) -> Iterator[None]:
+    """Holds a folder for this process alone.
+
+    The lock is the kernel's, so it ends with its process, however that ends. Without it goes a
+    bucket, and, with a warning, a file system that has none.
+
+    Args:
+      folder: is made where it is not there.
+      what: works in it, for the message.
+      inheritable: processes that this one starts hold it too.
+
+    Raises:
+      UserError: another process holds it; the message says which.
+    """
+    if "://" in os.fspath(folder):
+        yield
+        return
+    import fcntl
+
+    path = pathlib.Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {shown(path.parent)}: {error.strerror}") from error
+    with file:
+        os.set_inheritable(file.fileno(), inheritable)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"another {what} works in {shown(path.parent)} ({file.read() or 'just begun'}): "
+                "wait until it has ended, or give another --workdir"
+            ) from error
+        except OSError as error:
+            logging.log_first_n(
+                logging.WARNING,
+                "%s cannot be locked (%s): see to it that nothing else works there",
+                1, shown(path.parent), error.strerror,
+            )  # fmt: skip
+        else:
+            since = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+            file.flush()
+        yield

@@ -1,0 +1,243 @@
+"""Files -> verdicts: names, reruns, interruptions, and a fuzz of all of it."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from configs import default
+from prn_jax import pictures, predictions
+from prn_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class Stub:
+    """A detector whose score is the image's mean; counts what it is given."""
+
+    digest: str = "one"
+    white_level: int = 0
+    config: object = dataclasses.field(default_factory=default.get_config)
+    calls: int = 0
+    stop_after: int = 10**9
+
+    def __call__(self, images, batch_size):
+        if self.calls + len(images) > self.stop_after:
+            raise KeyboardInterrupt
+        self.calls += len(images)
+        maps = [np.full(x.shape[:2], x.mean() / 255, np.float32) for x in images]
+        return maps, np.array([m.max(initial=0) for m in maps], np.float32)
+
+
+def draw(path, level, size=(5, 4), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), level, np.uint8)).save(path, **options)
+
+
+def predict(folder, output, stub, *, threshold=0.5, **options):
+    names = predictions.find([str(folder)])
+    output = predictions.prepare(output)
+    return predictions.predict_files(stub, names, output, threshold=threshold, **options)
+
+
+def table(output):
+    with (output / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(10):
+        draw(tmp_path / "images" / f"{number}.png", 25 * number)
+    return tmp_path / "images"
+
+
+def test_a_second_call_does_only_what_is_new_and_reads_no_picture_of_the_first(folder):
+    output = folder / "predictions"
+    first = Stub()
+    rows = predict(folder, output, first)
+    assert [row["verdict"] for row in rows] == ["normal"] * 6 + ["anomalous"] * 4
+    assert first.calls == 10
+    draw(folder / "3.png", 250, size=(6, 6))
+    draw(folder / "new.png", 10)
+    second = Stub()
+    rows = predict(folder, output, second)
+    assert second.calls == 2
+    assert len(rows) == 11
+    assert rows[3]["verdict"] == "anomalous"
+    assert [row["image"] for row in table(output)] == [row["image"] for row in rows]
+    # Another threshold is a matter of the tables alone, another network is not.
+    third = Stub()
+    assert {row["verdict"] for row in predict(folder, output, third, threshold=2.0)} == {"normal"}
+    assert third.calls == 0
+    fourth = Stub(digest="two")
+    predict(folder, output, fourth)
+    assert fourth.calls == 11
+
+
+def test_pictures_that_were_left_out_are_made_when_asked_for(folder, tmp_path):
+    output = tmp_path / "out"
+    predict(folder, output, Stub(), with_pictures=False)
+    assert not list(output.rglob("*.png"))
+    again = Stub()
+    predict(folder, output, again)
+    assert again.calls == 10
+    assert len(list(output.rglob("*.png"))) == 20
+    assert all(pictures.is_prediction(path) for path in output.rglob("*.png"))
+
+
+def test_what_was_done_before_an_interruption_is_in_the_table(folder, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        predict(folder, output, Stub(stop_after=6), batch_size=3)
+    assert [pathlib.Path(row["image"]).name for row in table(output)] == [
+        f"{number}.png" for number in range(6)
+    ]
+    # As a kill leaves it: the last line is cut.
+    with (output / "predictions.jsonl").open("a") as file:
+        file.write('{"image": "9.p')
+    rest = Stub()
+    rows = predict(folder, output, rest, batch_size=3)
+    assert rest.calls == 4
+    whole = predict(folder, tmp_path / "whole", Stub())
+    assert rows == whole
+
+
+def test_pictures_of_equal_names_do_not_meet(tmp_path):
+    for name in ("a.png", "a.jpg", "a_2.png", "sub/a.png", "b [2].png", "x" * 240 + ".png"):
+        draw(tmp_path / "in" / name, 9)
+    names = predictions.find([str(tmp_path / "in")])
+    assert len(names) == len(set(names.values())) == 6
+    rows = predict(tmp_path / "in", tmp_path / "out", Stub())
+    assert len(rows) == 6
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 12
+
+
+def test_patterns_folders_and_files(tmp_path, capsys):
+    draw(tmp_path / "a.png", 1)
+    draw(tmp_path / "b.webp", 1)
+    (tmp_path / "c.txt").write_text("x")
+    (tmp_path / ".d.png").write_text("x")
+    found = predictions.find([str(tmp_path / "*"), str(tmp_path), str(tmp_path / "a.png")])
+    assert [path.name for path in found] == ["a.png", "b.webp"]
+    assert list(predictions.find([str(tmp_path / "c.txt")])) == [tmp_path / "c.txt"]
+    with pytest.raises(UserError, match=r"nothing\*: there are no images"):
+        predictions.find([str(tmp_path / "nothing*")])
+    with pytest.raises(UserError, match=r"no images; skipped 1 no type of image .*: .*c.txt"):
+        predictions.find([str(tmp_path / "c*")])
+    with pytest.raises(UserError, match="no images given"):
+        predictions.find([])
+
+
+def test_an_output_that_cannot_be_written_is_one_line(folder, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"cannot write to --output=.*file"):
+        predict(folder, tmp_path / "file", Stub())
+
+
+# --- fuzz -----------------------------------------------------------------------------------------
+
+_ODD = [
+    "a",
+    "ü",
+    "中",
+    " ",
+    "[2]",
+    "*",
+    "\n",
+    "%",
+    "'",
+    '"',
+    "..x",
+    "._",
+    "\udce8",
+    "heat",
+    "x" * 90,
+]
+_NAMES = st.lists(st.sampled_from(_ODD), min_size=1, max_size=3).map("".join)
+_ENDINGS = st.sampled_from([".png", ".jpg", ".bmp", ".tif", ".webp", ".pgm", ".PNG", ".txt", ""])
+_KINDS = st.sampled_from(["L", "RGB", "RGBA", "P", "1", "I;16", "cut", "empty", "text", "link"])
+_FILES = st.tuples(st.booleans(), _NAMES, _ENDINGS, _KINDS, st.integers(1, 9), st.integers(1, 9))
+
+
+def make(root, nested, name, ending, kind, height, width):
+    """One file of a tree, as far as its name and type go together."""
+    folder = root / "deeper [2]" if nested else root
+    folder.mkdir(exist_ok=True)
+    path = folder / (name + ending)
+    if path.name in (".", "..") or os.path.lexists(path) or len(os.fsencode(path.name)) > 255:
+        return
+    if kind == "link":
+        path.symlink_to(folder / "nowhere")
+        return
+    levels = np.arange(height * width).reshape(height, width)
+    modes = {"I;16": np.uint16(levels * 37)}
+    image = Image.fromarray(modes.get(kind, np.uint8(levels)))
+    if kind in ("RGB", "RGBA", "P", "1"):
+        image = image.convert(kind)
+    try:
+        image.save(path)
+    except (OSError, ValueError, KeyError):  # this type does not hold this mode, or is none
+        path.write_bytes(b"no image")
+    if kind in ("cut", "empty", "text"):
+        content = {"cut": path.read_bytes()[:-9], "empty": b"", "text": b"hello"}[kind]
+        path.write_bytes(content)
+
+
+def listing(root):
+    return {
+        os.fsencode(path): "" if not path.is_file() else hashlib.sha256(path.read_bytes()).digest()
+        for path in root.rglob("*")
+    }
+
+
+# PRN_FUZZ=1000 tries a thousand trees.
+@settings(
+    max_examples=int(os.environ.get("PRN_FUZZ", "60")), deadline=None, derandomize=True,
+    database=None, suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(st.lists(_FILES, max_size=8))
+def test_any_tree_is_predicted_or_refused_in_one_line(files):
+    with tempfile.TemporaryDirectory() as root:
+        root = pathlib.Path(root)
+        inside, output = root / "in", root / "out"
+        inside.mkdir()
+        for file in files:
+            make(inside, *file)
+        before = listing(inside)
+        # Nothing but the name says what is taken for an image.
+        wanted = sorted(
+            os.fsencode(path)
+            for path in (x for x in inside.rglob("*") if not x.is_dir())
+            if path.suffix.lower() in {".png", ".jpg", ".bmp", ".tif", ".webp", ".pgm"}
+            and not path.name.startswith(".")
+        )
+        try:
+            rows = predict(inside, output, Stub(), batch_size=3)
+        except UserError as error:
+            rows, message = None, str(error)
+        assert listing(inside) == before
+        if rows is None:
+            assert not wanted
+            assert "there are no images" in message
+            assert "\n" not in message
+            return
+        assert len(rows) == len(wanted)
+        escaped = sorted(x.decode("utf-8", "backslashreplace") for x in wanted)
+        assert sorted(row["image"] for row in rows) == escaped
+        assert table(output) == [{k: str(v) for k, v in row.items()} for row in rows]
+        assert json.loads((output / "predictions.json").read_text()) == rows
+        for row in rows:
+            assert bool(row["error"]) != bool(row["verdict"])
+            assert "\n" not in row["error"]
+        again = Stub()
+        assert predict(inside, output, again) == rows
+        assert again.calls == 0
