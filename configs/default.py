@@ -50,11 +50,29 @@ def get_config() -> ConfigDict:
     config.backbone.train_stage4 = True
 
     config.prototypes = ConfigDict()
+    # Whether the residuals of whole maps are an input. False: for ablations.
+    config.prototypes.enabled = True
     # Prototypes per training image and scale: K = max(1, int(ratio * N)). PRNet: 0.1.
     config.prototypes.ratio = 0.1
     # Lloyd iterations of k-means, at most; it stops when no assignment changes. Ours
     # (scikit-learn's, which PRNet uses, stops at 300).
     config.prototypes.iterations = 50
+
+    # Normal patches that are found anywhere, as inputs beside the prototypes. Beyond the paper.
+    config.memory = ConfigDict()
+    # Patches stored per scale, a greedy coreset of the normal images' (PatchCore); 0: none. With
+    # total_steps=0 and no number given, 4096. Ours.
+    config.memory.patches = 0
+    # Scales that have a memory, counted from 1 (stride 4). PatchCore: 2 and 3; ours, for its map
+    # is better with 1.
+    config.memory.scales = (1, 2, 3)
+    # Side, in places, of the window in which the nearest place of all stored maps is sought; odd;
+    # 0: none.
+    config.memory.window = 0
+
+    config.fusion = ConfigDict()
+    # Whether scales are fused. False: for ablations.
+    config.fusion.enabled = True
 
     config.attention = ConfigDict()
     # Attention layers per scale, N of Fig. 3. PRNet: 3.
@@ -74,8 +92,9 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     # Passes over the normal images: steps = epochs * N // (batch_size * normal share). PRNet: 700.
     config.epochs = 700
-    # Steps, when > 0, whatever `epochs` says.
-    config.total_steps = 0
+    # Steps, whatever `epochs` says; -1: as many as `epochs` says; 0: nothing is trained, and the
+    # map is the distance to the nearest of `memory.patches`: an answer within a minute or so.
+    config.total_steps = -1
     config.optimizer = ConfigDict()
     # AdamW's peak learning rate, reached after the warm-up, then a cosine to 0. Ours.
     config.optimizer.learning_rate = 1e-3

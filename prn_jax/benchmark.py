@@ -91,6 +91,8 @@ def measure_k_means(config: ConfigDict, mesh: Mesh, num_normal: int) -> Figures:
     prototypes = jax.eval_shape(model.init, jax.random.key(0), image)["prototypes"]
     figures = {"points": num_normal, "clusters": model.num_prototypes}
     for name, variables in sorted(prototypes.items()):
+        if "maps" not in variables:
+            continue
         dimensions = int(np.prod(variables["maps"].shape[1:]))
         points = jax.random.normal(jax.random.key(0), (num_normal, dimensions))
         cluster = functools.partial(

@@ -106,6 +106,11 @@ def checked(config: ConfigDict) -> ConfigDict:
     for field, value in positive.items():
         if value <= 0:
             raise UserError(f"{field}={value}: give a number greater than 0")
+    if config.total_steps < -1:
+        raise UserError(f"total_steps={config.total_steps}: give -1, 0 or more")
+    if config.total_steps == 0 and not config.memory.patches:
+        config.memory.patches = 4096
+    _check_memory(config.memory)
     if config.num_seen < 0:
         raise UserError(f"num_seen={config.num_seen}: give 0 or more")
     if not config.attention.divisions or not all(
@@ -117,6 +122,16 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={config.dtype!r}: give auto, float32 or bfloat16")
     return config
+
+
+def _check_memory(memory: ConfigDict) -> None:
+    if memory.patches < 0:
+        raise UserError(f"memory.patches={memory.patches}: give 0 or more")
+    scales = tuple(memory.scales)
+    if not scales or not set(scales) <= {1, 2, 3} or len(set(scales)) < len(scales):
+        raise UserError(f"memory.scales={scales}: give some of 1, 2, 3, each once")
+    if memory.window < 0 or (memory.window and memory.window % 2 == 0):
+        raise UserError(f"memory.window={memory.window}: give 0 or an odd number of places")
 
 
 def categories(config: ConfigDict) -> list[str]:

@@ -1,10 +1,10 @@
-"""A study: categories x seeds, each an independent run, and the table of means and deviations."""
+"""A study: variations x categories x seeds, each an independent run."""
 
 import contextlib
-import csv
 import ctypes
 import dataclasses
-import io
+import hashlib
+import itertools
 import os
 import pathlib
 import re
@@ -15,18 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from absl import logging
+from absl import flags, logging
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from prn_jax import experiment, results
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import lock
 
 _MAIN = pathlib.Path(__file__).resolve().parent.parent / "launch" / "main.py"
-# The paper states these two; its PRO and AP per category are second-hand.
-_CONFIRMED = ("image_auroc", "pixel_auroc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +34,9 @@ class StudyRun:
       category: its name.
       seed: of training; the split of the seen anomalies has `config.split_seed + seed`.
       config: the whole configuration of the run.
-      workdir: `<study>/seed_<seed>`.
+      workdir: `<study>/seed_<seed>`, or `<study>/<variation>,seed_<seed>`.
       command: what trains it, as arguments.
+      variation: name of what is varied; "" where nothing is.
     """
 
     category: str
@@ -46,11 +44,12 @@ class StudyRun:
     config: ConfigDict
     workdir: epath.Path
     command: list[str]
+    variation: str = ""
 
     @property
     def name(self) -> str:
         """As messages call it."""
-        return f"seed {self.seed}, {self.category}"
+        return ", ".join(filter(None, (self.variation, f"seed {self.seed}", self.category)))
 
     @property
     def folder(self) -> epath.Path:
@@ -68,8 +67,9 @@ def plan(
     seeds: Sequence[int],
     workdir: epath.PathLike,
     overrides: Sequence[str],
+    variations: dict[str, dict[str, str]] | None = None,
 ) -> list[StudyRun]:
-    """The runs of a study, seed after seed.
+    """The runs of a study, variation after variation and in it seed after seed.
 
     Args:
       config: the checked configuration; its seed is replaced, its split seed counted up.
@@ -77,21 +77,89 @@ def plan(
       seeds: of training.
       workdir: of the study.
       overrides: the `--config...` arguments that made `config`, for the runs' command lines.
+      variations: from `vary` or `configs/ablations.py`: by name, fields and their values.
     """
     root = epath.Path(workdir).expanduser()
     if "://" not in os.fspath(workdir):
         root = root.resolve()
     runs = []
-    for seed in seeds:
-        for category in categories:
-            own = config.copy_and_resolve_references()
-            own.seed, own.split_seed, own.category = seed, config.split_seed + seed, category
-            folder = root / f"seed_{seed}"
-            fields = {"seed": seed, "split_seed": own.split_seed, "category": category}
+    for variation, varied in (variations or {"": {}}).items():
+        changed = varied_config(config, varied)
+        for seed, category in itertools.product(seeds, categories):
+            own = changed.copy_and_resolve_references()
+            own.seed, own.split_seed, own.category = seed, changed.split_seed + seed, category
+            folder = root / f"{folder_name(variation)}seed_{seed}"
+            fields = varied | {"seed": seed, "split_seed": own.split_seed, "category": category}
             command = [sys.executable, str(_MAIN), *overrides, f"--workdir={folder}"]
             command += [f"--config.{name}={value}" for name, value in fields.items()]
-            runs.append(StudyRun(category, seed, own, folder, command))
+            runs.append(StudyRun(category, seed, own, folder, command, variation))
     return runs
+
+
+def vary(texts: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The grid of `field=value,value` texts: by name, fields and values as a command line has them.
+
+    Commas inside of brackets or quotes belong to a value.
+
+    Raises:
+      UserError: a text is no such thing, or a field comes twice.
+    """
+    axes = {}
+    for text in texts:
+        field, equals, values = text.partition("=")
+        field = field.removeprefix("--").removeprefix("config.").strip()
+        values = [x.strip() for x in _split(values)]
+        if not equals or not field or "" in values or field in axes:
+            raise UserError(
+                f"--vary={text}: give a field once and its values, as in "
+                "--vary='config.attention.layers=0,3'"
+            )
+        axes[field] = list(dict.fromkeys(values))
+    grid = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    return {" ".join(f"{k}={v}" for k, v in fields.items()): fields for fields in grid}
+
+
+def _split(text: str) -> list[str]:
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        depth += 0 if quote else (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def varied_config(config: ConfigDict, fields: dict[str, str]) -> ConfigDict:
+    """The checked configuration with fields set as a command line sets them.
+
+    Raises:
+      UserError: there is no such field, or it does not take the value.
+    """
+    arguments = ["study", *(f"--config.{name}={value}" for name, value in fields.items())]
+    own = flags.FlagValues()
+    try:
+        holder = config_flags.DEFINE_config_dict(
+            "config", config.copy_and_resolve_references(), flag_values=own, sys_argv=arguments
+        )
+        own(arguments)
+    except (AttributeError, flags.Error, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--vary {' '.join(arguments[1:])}: {error}") from error
+    return experiment.checked(holder.value)
+
+
+def folder_name(variation: str) -> str:
+    """What a variation's folders begin with; different for different ones."""
+    if not variation:
+        return ""
+    name = re.sub(r"[^\w.=-]+", "_", variation)
+    if name != variation or len(name) > 100:
+        name = f"{name[:100]}-{hashlib.sha256(variation.encode()).hexdigest()[:6]}"
+    return f"{name},"
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -261,153 +329,6 @@ runs=(
 )
 eval "exec ${{runs[$SLURM_ARRAY_TASK_ID]}}"
 """
-
-
-# --- the table ------------------------------------------------------------------------------------
-
-
-Figure = tuple[float, float | None]
-Row = tuple[str, int, dict[str, Figure | None]]
-
-
-def summarise(runs: Sequence[StudyRun]) -> list[Row]:
-    """Mean and standard deviation of the finished runs.
-
-    Returns:
-      Per category its name, the number of seeds, and by column the mean with the sample's standard
-      deviation (None with one seed); last the mean over the categories: its deviation is that
-      between seeds, over those seeds that finished every category.
-    """
-    found: dict[str, dict[int, dict]] = {}
-    for run in runs:
-        by_seed = found.setdefault(run.category, {})
-        if run.is_finished():
-            by_seed[run.seed] = results.read_run(run.folder)["metrics"]
-    rows = []
-    for name, by_seed in found.items():
-        figures = {c: _spread([m[c] for m in by_seed.values()]) for c in results.COLUMNS}
-        rows.append((name, len(by_seed), figures))
-    complete = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
-    means = [results.mean([found[name][seed] for name in found]) for seed in complete]
-    overall = {c: _spread([m[c] for m in means]) for c in results.COLUMNS}
-    return [*rows, ("mean", len(complete), overall)]
-
-
-def _spread(values: Sequence[float | None]) -> Figure | None:
-    if not values or None in values:
-        return None
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return float(np.mean(values)), deviation
-
-
-def write_tables(rows: Sequence[Row], workdir: epath.PathLike, dataset: str) -> None:
-    """Writes `study.md`, `study.csv` and `study.tex` (booktabs)."""
-    folder = epath.Path(workdir).expanduser()
-    results.write_file(folder / "study.md", _markdown(rows, dataset))
-    results.write_file(folder / "study.csv", _csv(rows, dataset))
-    results.write_file(folder / "study.tex", _latex(rows, dataset))
-
-
-def _columns(dataset: str) -> list[tuple[str, str, bool]]:
-    """(key, title, whether it is the paper's): ours, each followed by the paper's if it has any."""
-    columns = []
-    for key, title in results.COLUMNS.items():
-        columns.append((key, title, False))
-        if dataset in results.PAPER and key in results.PAPER_MEAN[dataset]:
-            columns.append((key, "paper" if key in _CONFIRMED else "paper†", True))
-    return columns
-
-
-def _paper(row: Row, rows: Sequence[Row], dataset: str, key: str) -> float | None:
-    """The paper's figure; in the last row the mean over the study's categories."""
-    figures = results.PAPER[dataset]
-    names = [name for name, *_ in rows[:-1]] if row is rows[-1] else [row[0]]
-    if any(name not in figures for name in names):
-        return None
-    return float(np.mean([figures[name][key] for name in names]))
-
-
-def _cells(rows: Sequence[Row], dataset: str, between: str) -> list[list[str]]:
-    table = []
-    for row in rows:
-        cells = [row[0], str(row[1])]
-        for key, _, is_paper in _columns(dataset):
-            if is_paper:
-                cells.append(results.percent(_paper(row, rows, dataset, key)))
-            elif (figure := row[2][key]) is None:
-                cells.append("-")
-            else:
-                mean, deviation = figure
-                spread = "" if deviation is None else f"{between}{100 * deviation:.1f}"
-                cells.append(results.percent(mean) + spread)
-        table.append(cells)
-    return table
-
-
-def _markdown(rows: Sequence[Row], dataset: str) -> str:
-    titles = ["category", "seeds", *(title for _, title, _ in _columns(dataset))]
-    lines = [
-        f"# PRN on {dataset}",
-        "",
-        "Percent, mean ± standard deviation over seeds of training and split, last checkpoint, "
-        "seen anomalies removed from the test split.",
-        "",
-        "| " + " | ".join(titles) + " |",
-        "| --- |" + " ---: |" * (len(titles) - 1),
-        *("| " + " | ".join(cells) + " |" for cells in _cells(rows, dataset, " ± ")),
-        "",
-    ]
-    if dataset in results.PAPER:
-        lines += [
-            "The paper's figures in the last row are the mean over the categories above. "
-            "† second-hand and unconfirmed; so is carpet's image AUROC.",
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _csv(rows: Sequence[Row], dataset: str) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    heads = []
-    for key, _, is_paper in _columns(dataset):
-        heads += [f"{key}_paper"] if is_paper else [f"{key}_mean", f"{key}_std"]
-    writer.writerow(["category", "seeds", *heads])
-    for row in rows:
-        cells = [row[0], row[1]]
-        for key, _, is_paper in _columns(dataset):
-            if is_paper:
-                value = _paper(row, rows, dataset, key)
-                cells.append("" if value is None else f"{value:.6f}")
-            else:
-                mean, deviation = row[2][key] or (None, None)
-                cells += ["" if x is None else f"{x:.6f}" for x in (mean, deviation)]
-        writer.writerow(cells)
-    return text.getvalue()
-
-
-def _latex(rows: Sequence[Row], dataset: str) -> str:
-    def safe(text: str) -> str:
-        text = re.sub(r"([_%&#])", r"\\\1", text)
-        return text.replace("†", r"$^\dagger$").replace("±", r"$\pm$")
-
-    columns = _columns(dataset)
-    titles = ["category", "seeds", *(title for _, title, _ in columns)]
-    body = [[safe(x) for x in cells] for cells in _cells(rows, dataset, " ± ")]
-    body = [" & ".join(cells) for cells in body]
-    lines = [
-        r"\begin{tabular}{l" + "r" * (len(titles) - 1) + "}",
-        r"\toprule",
-        " & ".join(map(safe, titles)) + r" \\",
-        r"\midrule",
-        *(line + r" \\" for line in body[:-1]),
-        r"\midrule",
-        body[-1] + r" \\",
-        r"\bottomrule",
-        r"\end{tabular}",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def overrides_of(arguments: Sequence[str], is_ours: Callable[[str], bool]) -> list[str]:

@@ -24,7 +24,9 @@ from prn_jax import losses, pretrained
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import Interrupted, UserError, shown
+from prn_jax.evaluate import predict
 from prn_jax.identity import Identity
+from prn_jax.models.memory import choose_patches
 from prn_jax.models.prn import PRN, SCALES, create_model
 from prn_jax.models.prototypes import k_means, num_prototypes
 from prn_jax.progress import Progress, Termination
@@ -54,7 +56,7 @@ class TrainState:
 
 def total_steps(config: ConfigDict, num_normal: int) -> int:
     """Steps of a run: `config.total_steps`, or `config.epochs` passes over the normal images."""
-    if config.total_steps > 0:
+    if config.total_steps >= 0:
         return config.total_steps
     per_step = max(1, round(config.batch_size * config.sampling.normal))
     return max(1, config.epochs * num_normal // per_step)
@@ -99,13 +101,13 @@ def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
         train_stage4=config.backbone.train_stage4,
         seed=config.seed,
     )
-    params = dict(variables["params"])
+    params = dict(variables.get("params", {}))
     if weights["params"]:
         params["backbone"] = weights["params"]
     return jax.device_get(
         {
             "params": params,
-            "batch_stats": variables["batch_stats"],
+            "batch_stats": variables.get("batch_stats", {}),
             "backbone": {"backbone": weights["backbone"]},
         }
     )
@@ -136,7 +138,8 @@ def fit_prototypes(
       mesh: devices.
 
     Returns:
-      The `prototypes` collection: `scale_i/maps`, [k, h, w, c] float32, on every device.
+      The `prototypes` collection: `scale_i/maps`, [k, h, w, c] float32, on every device; with a
+      memory, `memory_i/patches`, [m, c].
     """
     extract = jax.jit(
         jax.shard_map(
@@ -165,6 +168,16 @@ def fit_prototypes(
             config.prototypes.iterations,
         )
         result[f"scale_{scale}"] = {"maps": centres.reshape(-1, *maps.shape[1:])}
+        if model.num_patches and scale + 1 in model.memory_scales:
+            patches = choose_patches(maps, model.num_patches, config.seed)
+            result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
+    if not model.trained:
+        result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
+        maps, _ = predict(model, variables | {"prototypes": result}, images, mesh)
+        # With 1 for the reference the map is d / (d + 1).
+        highest = np.max(maps, axis=(1, 2)).astype(np.float64)
+        reference = np.mean(highest / (1.0 - highest))
+        result["patch_map"]["reference"] = meshes.replicate(mesh, np.float32(reference))
     return result
 
 
@@ -302,6 +315,8 @@ def train(
                 )
             if evaluate and _due(step, config.eval_every) and step < steps:
                 evaluate(step, model, _collections(state, frozen))
+    if not steps:
+        save(0)
     checkpoints.wait()
     jax.block_until_ready(state.params)
     timing = {"train_seconds": time.monotonic() - began, "train_steps": steps - start}
@@ -367,7 +382,8 @@ def _abstract(config, model, optimizer, mesh) -> tuple[Tree, Tree]:
     """Shapes, types and places of a checkpoint's arrays."""
     height, width = config.image_size
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
-    network = dict(jax.eval_shape(model.init, jax.random.key(0), image))
+    network = {"params": {}, "batch_stats": {}}
+    network |= jax.eval_shape(model.init, jax.random.key(0), image)
     opt_state = jax.eval_shape(optimizer.init, network["params"])
     step = jax.ShapeDtypeStruct((), jnp.int32)
     everywhere = jax.sharding.NamedSharding(mesh, P())

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from configs import mvtec
-from prn_jax import experiment, results, study
+from configs import ablations, mvtec
+from prn_jax import experiment, results, study, study_tables
 from prn_jax.errors import UserError
 from prn_jax.identity import as_dict, lock
 
@@ -57,14 +57,14 @@ def test_the_tables_have_means_deviations_and_the_paper_s_figures(tmp_path):
     values = [0.91, 0.95, 0.93, 0.98]
     for run, value in zip(runs, values):
         finish(run, value)
-    rows = study.summarise(runs)
+    rows = study_tables.summarise(runs)
     assert [row[:2] for row in rows] == [("bottle", 2), ("metal_nut", 2), ("mean", 2)]
     bottle, nut, mean = (row[2]["image_auroc"] for row in rows)
     np.testing.assert_allclose(bottle, (0.92, np.std([0.91, 0.93], ddof=1)))
     np.testing.assert_allclose(nut, (0.965, np.std([0.95, 0.98], ddof=1)))
     np.testing.assert_allclose(mean, (0.9425, np.std([0.93, 0.955], ddof=1)))
     assert rows[0][2]["pixel_ap"] is None
-    study.write_tables(rows, tmp_path, "mvtec_ad")
+    study_tables.write_tables(rows, tmp_path, "mvtec_ad")
     with (tmp_path / "study.csv").open() as file:
         table = list(csv.DictReader(file))
     assert float(table[2]["image_auroc_mean"]) == pytest.approx(0.9425)
@@ -83,10 +83,10 @@ def test_the_tables_have_means_deviations_and_the_paper_s_figures(tmp_path):
 def test_an_unfinished_study_has_the_table_of_what_is_there(tmp_path):
     runs = make_plan(tmp_path)
     finish(runs[0], 0.9)
-    rows = study.summarise(runs)
+    rows = study_tables.summarise(runs)
     assert rows[0][1:] == (1, {c: (0.9, None) for c in results.COLUMNS} | {"pixel_ap": None})
     assert rows[1][1] == rows[2][1] == 0
-    study.write_tables(rows, tmp_path, "mvtec_ad")
+    study_tables.write_tables(rows, tmp_path, "mvtec_ad")
     assert "| metal_nut | 0 | - | 100.0 |" in (tmp_path / "study.md").read_text()
 
 
@@ -150,3 +150,46 @@ def test_the_job_array_is_a_script_that_names_every_run(tmp_path):
     )  # fmt: skip
     assert "--config.seed=2" in result.stdout
     assert "--config.category=bottle" in result.stdout
+
+
+def test_fields_make_a_grid_and_commas_in_brackets_belong_to_a_value():
+    grid = study.vary(["config.attention.layers=0,3", "attention.divisions=(1,2),(4,)"])
+    assert list(grid.values()) == [
+        {"attention.layers": layers, "attention.divisions": divisions}
+        for layers in ("0", "3")
+        for divisions in ("(1,2)", "(4,)")
+    ]
+    changed = study.varied_config(mvtec.get_config(), list(grid.values())[0])
+    assert (changed.attention.layers, changed.attention.divisions) == (0, (1, 2))
+    for wrong in (["attention.layers"], ["seed=1", "config.seed=2"], ["seed=1,"]):
+        with pytest.raises(UserError, match="--vary"):
+            study.vary(wrong)
+    for wrong in ({"attention.layer": "1"}, {"attention.layers": "many"}):
+        with pytest.raises(UserError, match="attention"):
+            study.varied_config(mvtec.get_config(), wrong)
+
+
+def test_a_varied_study_has_a_row_per_variation(tmp_path):
+    config = experiment.checked(mvtec.get_config())
+    variations = ablations.variations(config)
+    runs = study.plan(
+        config, CATEGORIES, SEEDS, tmp_path, ["--config=configs/mvtec.py"], variations
+    )
+    assert len({run.folder for run in runs}) == len(runs) == 7 * 4
+    assert all(run.folder.parent.parent == tmp_path for run in runs)  # where the report looks
+    for run in runs:
+        finish(run, 0.8 if run.variation == "without attention" else 0.9)
+        shares = run.config.sampling
+        assert sum(shares.values()) == pytest.approx(1.0)
+    without = next(run for run in runs if run.variation == "without extended")
+    assert (without.config.sampling.extended, without.config.sampling.normal) == (0.0, 0.5)
+    assert "--config.sampling.extended=0.0" in without.command
+    study_tables.write_study(runs, tmp_path, "mvtec_ad")
+    text = (tmp_path / "study.md").read_text()
+    assert "| without attention | 2 | 80.0 ± 0.0 |" in text
+    assert "| PRN | 2 | 90.0 ± 0.0 |" in text
+    with (tmp_path / "study.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 7 * 3
+    assert table[6]["variation"] == "without attention"
+    assert float(table[6]["image_auroc_mean"]) == pytest.approx(0.8)

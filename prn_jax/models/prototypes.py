@@ -57,11 +57,14 @@ class PrototypeResidual(nn.Module):
 
     num_prototypes: int
 
-    @nn.compact
     def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return jax.lax.stop_gradient(residuals(features, self.maps(features)))
+
+    @nn.compact
+    def maps(self, features: Float[Array, "b h w c"]) -> Float[Array, "k h w c"]:
+        """The stored maps, for features of this shape."""
         shape = (self.num_prototypes, *features.shape[1:])
-        maps = self.variable("prototypes", "maps", jnp.zeros, shape, jnp.float32)
-        return jax.lax.stop_gradient(residuals(features, maps.value))
+        return self.variable("prototypes", "maps", jnp.zeros, shape, jnp.float32).value
 
 
 def k_means(

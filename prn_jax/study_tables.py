@@ -1,0 +1,192 @@
+"""A study's tables: means and standard deviations, beside the paper's figures."""
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from prn_jax import results
+from prn_jax.study import StudyRun
+
+# The paper states these two; its PRO and AP per category are second-hand.
+_CONFIRMED = ("image_auroc", "pixel_auroc")
+
+Figure = tuple[float, float | None]
+Row = tuple[str, int, dict[str, Figure | None]]
+
+
+def summarise(runs: Sequence[StudyRun]) -> list[Row]:
+    """Mean and standard deviation of the finished runs.
+
+    Returns:
+      Per category its name, the number of seeds, and by column the mean with the sample's standard
+      deviation (None with one seed); last the mean over the categories: its deviation is that
+      between seeds, over those seeds that finished every category.
+    """
+    found: dict[str, dict[int, dict]] = {}
+    for run in runs:
+        by_seed = found.setdefault(run.category, {})
+        if run.is_finished():
+            by_seed[run.seed] = results.read_run(run.folder)["metrics"]
+    rows = []
+    for name, by_seed in found.items():
+        figures = {c: _spread([m[c] for m in by_seed.values()]) for c in results.COLUMNS}
+        rows.append((name, len(by_seed), figures))
+    complete = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+    means = [results.mean([found[name][seed] for name in found]) for seed in complete]
+    overall = {c: _spread([m[c] for m in means]) for c in results.COLUMNS}
+    return [*rows, ("mean", len(complete), overall)]
+
+
+def _spread(values: Sequence[float | None]) -> Figure | None:
+    if not values or None in values:
+        return None
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), deviation
+
+
+def compare(runs: Sequence[StudyRun]) -> list[Row]:
+    """A row per variation: the mean over the categories, with the deviation between seeds."""
+    names = list(dict.fromkeys(run.variation for run in runs))
+    means = [summarise([run for run in runs if run.variation == name])[-1] for name in names]
+    return [(name, *mean[1:]) for name, mean in zip(names, means)]
+
+
+def write_study(runs: Sequence[StudyRun], workdir: epath.PathLike, dataset: str) -> None:
+    """Writes `study.{md,csv,tex}`; of variations each one's, and first a row per variation."""
+    folder = epath.Path(workdir).expanduser()
+    by_variation: dict[str, list[StudyRun]] = {}
+    for run in runs:
+        by_variation.setdefault(run.variation, []).append(run)
+    if list(by_variation) == [""]:
+        write_tables(summarise(runs), folder, dataset)
+        return
+    rows = compare(runs)
+    texts = ["# Variations", "", "Mean over " + ", ".join(dict.fromkeys(r.category for r in runs))]
+    texts[-1] += ", ± standard deviation between seeds, percent."
+    titles = ["variation", "seeds", *results.COLUMNS.values()]
+    texts += ["", "| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
+    texts += ["| " + " | ".join(cells) + " |" for cells in _cells(rows, "", " ± ")] + [""]
+    tables = []
+    for name, own in by_variation.items():
+        texts += [f"## {name}", "", _markdown(summarise(own), dataset).split("\n", 2)[2]]
+        head, *lines = list(csv.reader(io.StringIO(_csv(summarise(own), dataset))))
+        tables += [[name, *line] for line in lines]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([["variation", *head], *tables])
+    results.write_file(folder / "study.md", "\n".join(texts))
+    results.write_file(folder / "study.csv", text.getvalue())
+    results.write_file(folder / "study.tex", _latex(rows, "", "variation"))
+
+
+def write_tables(rows: Sequence[Row], workdir: epath.PathLike, dataset: str) -> None:
+    """Writes `study.md`, `study.csv` and `study.tex` (booktabs)."""
+    folder = epath.Path(workdir).expanduser()
+    results.write_file(folder / "study.md", _markdown(rows, dataset))
+    results.write_file(folder / "study.csv", _csv(rows, dataset))
+    results.write_file(folder / "study.tex", _latex(rows, dataset))
+
+
+def _columns(dataset: str) -> list[tuple[str, str, bool]]:
+    """(key, title, whether it is the paper's): ours, each followed by the paper's if it has any."""
+    columns = []
+    for key, title in results.COLUMNS.items():
+        columns.append((key, title, False))
+        if dataset in results.PAPER and key in results.PAPER_MEAN[dataset]:
+            columns.append((key, "paper" if key in _CONFIRMED else "paper†", True))
+    return columns
+
+
+def _paper(row: Row, rows: Sequence[Row], dataset: str, key: str) -> float | None:
+    """The paper's figure; in the last row the mean over the study's categories."""
+    figures = results.PAPER[dataset]
+    names = [name for name, *_ in rows[:-1]] if row is rows[-1] else [row[0]]
+    if any(name not in figures for name in names):
+        return None
+    return float(np.mean([figures[name][key] for name in names]))
+
+
+def _cells(rows: Sequence[Row], dataset: str, between: str) -> list[list[str]]:
+    table = []
+    for row in rows:
+        cells = [row[0], str(row[1])]
+        for key, _, is_paper in _columns(dataset):
+            if is_paper:
+                cells.append(results.percent(_paper(row, rows, dataset, key)))
+            elif (figure := row[2][key]) is None:
+                cells.append("-")
+            else:
+                mean, deviation = figure
+                spread = "" if deviation is None else f"{between}{100 * deviation:.1f}"
+                cells.append(results.percent(mean) + spread)
+        table.append(cells)
+    return table
+
+
+def _markdown(rows: Sequence[Row], dataset: str) -> str:
+    titles = ["category", "seeds", *(title for _, title, _ in _columns(dataset))]
+    lines = [
+        f"# PRN on {dataset}",
+        "",
+        "Percent, mean ± standard deviation over seeds of training and split, last checkpoint, "
+        "seen anomalies removed from the test split.",
+        "",
+        "| " + " | ".join(titles) + " |",
+        "| --- |" + " ---: |" * (len(titles) - 1),
+        *("| " + " | ".join(cells) + " |" for cells in _cells(rows, dataset, " ± ")),
+        "",
+    ]
+    if dataset in results.PAPER:
+        lines += [
+            "The paper's figures in the last row are the mean over the categories above. "
+            "† second-hand and unconfirmed; so is carpet's image AUROC.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _csv(rows: Sequence[Row], dataset: str) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heads = []
+    for key, _, is_paper in _columns(dataset):
+        heads += [f"{key}_paper"] if is_paper else [f"{key}_mean", f"{key}_std"]
+    writer.writerow(["category", "seeds", *heads])
+    for row in rows:
+        cells = [row[0], row[1]]
+        for key, _, is_paper in _columns(dataset):
+            if is_paper:
+                value = _paper(row, rows, dataset, key)
+                cells.append("" if value is None else f"{value:.6f}")
+            else:
+                mean, deviation = row[2][key] or (None, None)
+                cells += ["" if x is None else f"{x:.6f}" for x in (mean, deviation)]
+        writer.writerow(cells)
+    return text.getvalue()
+
+
+def _latex(rows: Sequence[Row], dataset: str, first: str = "category") -> str:
+    def safe(text: str) -> str:
+        text = re.sub(r"([_%&#])", r"\\\1", text)
+        return text.replace("†", r"$^\dagger$").replace("±", r"$\pm$")
+
+    columns = _columns(dataset)
+    titles = [first, "seeds", *(title for _, title, _ in columns)]
+    body = [[safe(x) for x in cells] for cells in _cells(rows, dataset, " ± ")]
+    body = [" & ".join(cells) for cells in body]
+    lines = [
+        r"\begin{tabular}{l" + "r" * (len(titles) - 1) + "}",
+        r"\toprule",
+        " & ".join(map(safe, titles)) + r" \\",
+        r"\midrule",
+        *(line + r" \\" for line in body[:-1]),
+        r"\midrule",
+        body[-1] + r" \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+        "",
+    ]
+    return "\n".join(lines)
