@@ -213,7 +213,8 @@ def test_the_schedule_warms_up_and_ends_at_zero():
 
 
 @pytest.mark.parametrize(
-    ("epochs", "steps", "normals", "expected"), [(700, 0, 209, 36575), (700, 600, 209, 600)]
+    ("epochs", "steps", "normals", "expected"),
+    [(700, -1, 209, 36575), (700, 600, 209, 600), (700, 0, 209, 0)],
 )
 def test_total_steps(epochs, steps, normals, expected):
     config = small_config(epochs=epochs, total_steps=steps)
