@@ -46,7 +46,12 @@ class Checkpoints:
                     cleanup_tmp_directories=not read_only,  # what a killed process left behind
                     read_only=read_only,
                 ),
-                item_names=("model", "optimizer", "config"),
+                # By handlers, for the metadata of an item that only has a name cannot be read.
+                item_handlers={
+                    "model": ocp.StandardCheckpointHandler(),
+                    "optimizer": ocp.StandardCheckpointHandler(),
+                    "config": ocp.JsonCheckpointHandler(),
+                },
             )
 
     def latest_step(self) -> int | None:

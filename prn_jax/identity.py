@@ -45,7 +45,7 @@ class Identity:
       fingerprint: of the raw files, see `datasets.base.fingerprint`; "" of a run that an earlier
         version made, which did not record it.
       seen: ids of the seen anomalies, sorted.
-      steps: that the whole training has.
+      steps: that the whole training has; -1: not known.
       white_level: grey level that became 255, 0 where the files have 8 bits.
       config: the whole configuration, plain JSON types.
       changes: what became different on the way, let pass by --allow_config_change.
@@ -70,7 +70,7 @@ class Identity:
         """From what `as_json` gave, or from an earlier version's bare configuration."""
         if "fingerprint" not in stored:
             config = {name: value for name, value in stored.items() if name != "steps"}
-            steps = stored.get("steps", 0)
+            steps = stored.get("steps", -1)
             return cls(config["data"]["name"], config["category"], "", (), steps, 0, config)
         lists = {name: tuple(stored[name]) for name in ("seen", "changes")}
         return cls(**stored | lists)
@@ -78,14 +78,16 @@ class Identity:
     @classmethod
     def of_run(cls, run: dict[str, Any]) -> "Identity":
         """Of a finished run, from its `results.json`."""
-        earlier = run["config"] | {"steps": run.get("steps", 0)}
+        earlier = run["config"] | {"steps": run.get("steps", -1)}
         return cls.from_json(run.get("identity") or earlier)
 
     def today(self, config: ConfigDict, fingerprint: str) -> "Identity":
         """This run with another configuration and data, as far as is known before loading it."""
         old = self.config
-        kept = config.epochs == old.get("epochs") and old.get("total_steps", 0) <= 0
-        steps = config.total_steps if config.total_steps >= 0 else self.steps if kept else 0
+        # Where `epochs` says how many, the number of images does too: as many as before, unless
+        # something else is known to have changed.
+        kept = config.epochs == old.get("epochs") and old.get("total_steps", -1) < 0
+        steps = config.total_steps if config.total_steps >= 0 else self.steps if kept else -1
         return dataclasses.replace(
             self, config=as_dict(config), fingerprint=fingerprint, steps=steps
         )
@@ -111,7 +113,7 @@ class Identity:
             for name in sorted(old.keys() | new.keys())
             if old.get(name, "absent") != new.get(name, "absent")
         }
-        if (self.steps or self.untrained) and self.steps != other.steps:
+        if self.steps >= 0 and self.steps != other.steps:
             length = [changed[name] for name in ("epochs", "total_steps") if name in changed]
             found += length or [f"its steps were {self.steps}, are {other.steps}"]
         return found + [text for name, text in changed.items() if not _is_free(name)]

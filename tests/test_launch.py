@@ -117,17 +117,17 @@ def job(tmp_path):
     return start
 
 
-@pytest.mark.parametrize("saved", ["0", "1"])
+@pytest.mark.parametrize("saved", ["143", "1", "0"])
 def test_a_slurm_job_saves_and_queues_itself_again_before_its_time_is_up(saved, job, tmp_path):
     process = job("--config=configs/mvtec.py", "--config.image_size=(352, 128)", saved=saved)
     eventually(lambda: (tmp_path / "srun_pid").exists())
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=20)
-    # Not when it could not save.
+    # Not when it could not save, or had come to its end.
     assert process.returncode == int(saved)
     assert "saved" in output
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == ["--signal=TERM 7.0"] + ["requeue 7"] * (saved == "0")
+    assert calls == ["--signal=TERM 7.0"] + ["requeue 7"] * (saved == "143")
     arguments = (tmp_path / "srun_arguments").read_text().splitlines()
     assert arguments[:4] == ["--kill-on-bad-exit=1", "--cpus-per-task=6", "python",
                              "launch/main.py"]  # fmt: skip

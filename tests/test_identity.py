@@ -1,0 +1,201 @@
+"""What a run is made of, and who works in a folder."""
+
+import dataclasses
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from configs import default, folder, mvtec
+from prn_jax import datasets, experiment, identity, pretrained, program
+from prn_jax.errors import UserError
+from prn_jax.identity import Identity
+from tests.processes import ROOT
+from tests.trees import draw, draw_mask, make_mvtec, save
+
+
+def make(using=None, **changes):
+    using = using or default.get_config()
+    known = Identity("folder", "bolt", "f00d", ("test/a/1", "test/a/2"), 12, 0,
+                     identity.as_dict(using))  # fmt: skip
+    return dataclasses.replace(known, **changes)
+
+
+def changed(**fields):
+    config = default.get_config()
+    config.update(**fields)
+    return identity.as_dict(config)
+
+
+DIFFERENCES = {
+    "images added": ({"fingerprint": "beef"}, "the images changed"),
+    "another seen one": ({"seen": ("test/a/1", "test/a/2", "test/a/3")}, "newly a seen .*test/a/3"),
+    "one seen no more": ({"seen": ("test/a/1",)}, "no longer a seen anomaly: test/a/2"),
+    "longer": ({"steps": 20}, "its steps were 12, are 20"),
+    "score_pixels": ({"config": changed(score_pixels=50)}, "score_pixels was 100, is 50"),
+    "a seed": ({"config": changed(seed=3)}, "seed was 0, is 3"),
+}
+
+
+@pytest.mark.parametrize("name", list(DIFFERENCES))
+def test_what_differs_is_named_and_refused(name):
+    changes, message = DIFFERENCES[name]
+    with pytest.raises(UserError, match=f"made of something else .*{message}"):
+        make().check(make(**changes), "the checkpoint")
+    if name == "one seen no more":  # it would be tested on
+        with pytest.raises(UserError, match="would be tested on"):
+            make().check(make(**changes), "the checkpoint", allow=True)
+    else:
+        assert make().check(make(**changes), "the checkpoint", allow=True).changes
+
+
+def test_what_changes_no_figure_may_differ():
+    config = default.get_config()
+    config.update(log_every=3, eval_batch_size=8, eval_every=5)
+    config.data.manual_dir = "/elsewhere"
+    assert not make().differences(make(config))
+    assert Identity.from_json(make().as_json()) == make()
+
+
+# --- the lock -------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from prn_jax.identity import lock
+with lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_newcomer_is_told_who_is_there_and_a_killed_one_holds_nothing(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"another training .*process {holder.pid} on .* since"):
+        identity.lock(tmp_path).__enter__()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with identity.lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_other_training(code, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with identity.lock(tmp_path):
+        pass
+
+
+# --- whose records --------------------------------------------------------------------------------
+
+
+def where(root, records):
+    return {"manual_dir": root, "data_dir": records}
+
+
+def test_products_of_two_projects_have_records_of_their_own(tmp_path):
+    records = tmp_path / "records"
+    for project, good in (("a", 2), ("b", 3)):
+        make_mvtec(tmp_path / project, "bolt", good=good)
+        make_mvtec(tmp_path / project, f"only_{project}")
+    found = {}
+    for project in "ab":
+        for product in ("bolt", f"only_{project}"):
+            datasets.prepare("folder", product, **where(tmp_path / project, records))
+        found[project] = datasets.prepare("folder", "bolt", **where(tmp_path / project, records))
+    assert found["a"].data_dir != found["b"].data_dir
+    counts = [found[x].info.splits["test"].num_examples for x in "ab"]
+    assert counts == [7, 8]
+    # All is what is in the folder, whatever records there are besides.
+    for project in "ab":
+        names = datasets.all_categories("folder", tmp_path / project, records)
+        assert names == ["bolt", f"only_{project}"]
+
+
+@pytest.mark.parametrize("get_config", [mvtec.get_config, folder.get_config])
+def test_no_data_is_an_error_that_says_what_was_looked_for(get_config, tmp_path):
+    config = get_config()
+    config.data.data_dir = str(tmp_path / "records")
+    for place in (tmp_path / "mistyped", tmp_path):
+        config.data.manual_dir = str(place)
+        with pytest.raises(UserError, match=rf"{place}.*manual_dir"):
+            experiment.train_and_evaluate(config, str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+
+
+def test_records_without_raw_files_count_where_their_category_is_named(tmp_path):
+    make_mvtec(tmp_path / "raw", "bolt")
+    records = tmp_path / "records"
+    datasets.prepare("folder", "bolt", **where(tmp_path / "raw", records))
+    (tmp_path / "raw").rename(tmp_path / "gone")
+    builder = datasets.prepare("folder", "bolt", **where(tmp_path / "raw", records))
+    assert builder.info.splits["train"].num_examples == 4
+    with pytest.raises(UserError, match="no folder .*raw"):
+        datasets.all_categories("folder", tmp_path / "raw", records)
+
+
+# --- before anything is computed ------------------------------------------------------------------
+
+
+def test_weights_that_cannot_be_had_are_missed_before_any_data_is_read(tmp_path):
+    make_mvtec(tmp_path / "raw", "bolt", size=(64, 64))
+    config = folder.get_config()
+    config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
+    config.backbone.weights = str(tmp_path / "missing.npz")
+    config.batch_size = 8
+    with pytest.raises(UserError, match=r"missing\.npz"):
+        experiment.train_and_evaluate(config, str(tmp_path / "work"))
+    assert not (tmp_path / "records").exists()
+    config.backbone.weights = "random"
+    pretrained.check(config)
+
+
+def test_a_repeated_override_counts_once():
+    code = (
+        "import sys; from absl import flags; from ml_collections import config_flags;"
+        "from prn_jax import program;"
+        "c = config_flags.DEFINE_config_file('config');"
+        "program.run(lambda: print(c.value.image_size, c.value.synthesis.extended_scale,"
+        " c.value.attention.divisions))"
+    )
+    given = ["--config=configs/mvtec.py", "--config.image_size=128", "--config.image_size", "64",
+             "--config.synthesis.extended_scale=(0.1,0.2)",
+             "--config.synthesis.extended_scale=(0.3,0.4)",
+             "--config.attention.divisions=(1,2,3)",
+             "--config.attention.divisions=(1,2)"]  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout == "(64,) (0.3, 0.4) (1, 2)\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.5GiB.\n[lots of XLA]",
+        "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.",
+    ],
+)
+def test_a_device_that_is_too_small_is_one_line(text):
+    message = program._explained(RuntimeError(text))
+    assert "lower batch_size" in message
+    assert "\n" not in message
+    assert program._explained(RuntimeError("a mistake of ours")) is None
+
+
+def test_a_defect_added_changes_the_fingerprint(tmp_path):
+    make_mvtec(tmp_path / "raw", "bolt")
+    place = where(tmp_path / "raw", tmp_path / "records")
+    before = datasets.fingerprint("folder", "bolt", **place)
+    save(tmp_path / "raw/bolt/test/contamination/9.png", draw(9))
+    save(tmp_path / "raw/bolt/ground_truth/contamination/9_mask.png", draw_mask(9))
+    assert datasets.fingerprint("folder", "bolt", **place) != before
