@@ -19,7 +19,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from prn_jax import experiment, results
+from prn_jax import experiment, pretrained, results
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import lock
 
@@ -177,13 +177,16 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
       parallel: processes at a time.
 
     Raises:
-      UserError: another study runs in `workdir`.
+      UserError: another study runs in `workdir`, or the backbone's weights cannot be had.
       Interrupted: after SIGTERM or Ctrl-C, when the running ones have saved.
     """
     waiting = [run for run in runs if not run.is_finished()]
     done = len(runs) - len(waiting)
     if done:
         logging.info("%d of %d runs are finished already", done, len(runs))
+    # Once, before any run prepares its data and finds them missing.
+    for config in {run.config.backbone.to_json(): run.config for run in waiting}.values():
+        pretrained.check(config)
     failed: list[StudyRun] = []
     active: dict[int, tuple[subprocess.Popen, StudyRun, float]] = {}
     began, finished_now = time.monotonic(), 0
@@ -218,7 +221,11 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
                     )
                 else:
                     failed.append(run)
-                    logging.error("%s: failed; %s", run.name, _last_line(run))
+                    stopped = process.returncode == 128 + signal.SIGTERM
+                    how = (
+                        "stopped and saved, goes on with the same command" if stopped else "failed"
+                    )
+                    logging.error("%s: %s; %s", run.name, how, _last_line(run))
     return failed
 
 
