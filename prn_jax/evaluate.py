@@ -82,6 +82,7 @@ def predict(
     batch_size: int = 32,
     score_pixels: int = 100,
     progress: bool = False,
+    fill: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Anomaly maps and scores of images that every process holds.
 
@@ -96,12 +97,14 @@ def predict(
       batch_size: images at a time over all devices; rounded up to a multiple of their number.
       score_pixels: see `image_score`.
       progress: show a bar.
+      fill: compute `batch_size` images at a time even where there are fewer, as one of many calls
+        that are to compile once.
 
     Returns:
       Maps [n, h, w] float32 in [0, 1] and scores [n] float32 in [0, 1].
     """
     step = _cached_step(model, score_pixels, mesh)
-    size = fixed_size(len(images), batch_size, mesh)
+    size = fixed_size(batch_size if fill else len(images), batch_size, mesh)
     maps = np.empty(images.shape[:3], np.float32)
     scores = np.empty(len(images), np.float32)
     pending = []

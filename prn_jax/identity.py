@@ -92,6 +92,11 @@ class Identity:
             self, config=as_dict(config), fingerprint=fingerprint, steps=steps
         )
 
+    @property
+    def untrained(self) -> bool:
+        """Whether it is a memory of patches alone, without a network (`total_steps=0`)."""
+        return self.config.get("total_steps") == 0 and "memory" in self.config
+
     def differences(self, other: "Identity") -> list[str]:
         """What `other` is made of that this is not, each in words; empty where they are alike."""
         found = []
@@ -133,6 +138,11 @@ class Identity:
             raise UserError(
                 f"{text}: what it was trained on would be tested on. Put the images and fields "
                 "back, or give another --workdir"
+            )
+        if self.untrained != other.untrained:
+            raise UserError(
+                f"{text}: what answers without training holds no network to train, nor the other "
+                "way round. Give another --workdir"
             )
         if found and not allow:
             raise UserError(

@@ -62,7 +62,10 @@ class Detector:
         return tuple(self.config.image_size)
 
     def __call__(
-        self, images: ImageLike | Iterable[ImageLike], batch_size: int | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        batch_size: int | None = None,
+        fill: bool = False,
     ) -> tuple[np.ndarray | list[np.ndarray], np.ndarray | np.float32]:
         """Anomaly maps and scores.
 
@@ -71,6 +74,7 @@ class Detector:
             [h, w], images of Pillow's, paths; several also as one array [n, h, w, 3] or
             [n, h, w, 1].
           batch_size: images at a time over all devices; default: the configuration's.
+          fill: see `evaluate.predict`.
 
         Returns:
           For one image its map in [0, 1] at its own size, float32 [h, w], and its score in [0, 1].
@@ -97,6 +101,7 @@ class Detector:
             self.mesh,
             batch_size=batch_size or self.config.eval_batch_size,
             score_pixels=self.config.score_pixels,
+            fill=fill,
         )
         sized = [resize_map(m, size) for m, size in zip(maps, sizes)]
         if single:

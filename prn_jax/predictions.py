@@ -25,13 +25,14 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
-from prn_jax import images, pictures, results
+from prn_jax import evaluate, images, pictures, results
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector
 from prn_jax.progress import duration
 
 FIELDS = ("image", "score", "verdict", "highest", "row", "column", "error")
 _PICTURES = ("heat", "overlay")
+_TABLES = ("predictions.csv", "predictions.json", "predictions.jsonl")
 _LONGEST_NAME = 200  # bytes; file systems take 255, with the ending of a picture and of a draft
 _SECONDS_PER_LINE = 30.0
 
@@ -50,7 +51,7 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
 
     Returns:
       For each file the name of its pictures below the output folder, without their endings. What
-      was skipped, pictures of earlier predictions among it, is logged.
+      was skipped, files of earlier predictions among it, is logged.
 
     Raises:
       UserError: nothing was named, or nothing was found.
@@ -64,19 +65,20 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
         path = pathlib.Path(pattern).expanduser()
         here = [path] if os.path.lexists(path) else map(pathlib.Path, _matching(path))
         listed = [pair for x in here for pair in _listed(x, x == path, skipped)]
-        ours = [file for file, _ in listed if pictures.is_prediction(file)]
-        own += len(ours)
-        listed = [(file, name) for file, name in listed if file not in set(ours)]
-        if not listed:
-            about = f"; skipped {images.describe(skipped)}" if skipped else ""
-            about += f"; left out {own} pictures of earlier predictions" if own else ""
-            raise UserError(f"{shown(pattern)}: there are no images{about}")
+        own_here = sum(_is_own(file) for file, _ in listed)
+        own += own_here
+        # A shell's * names an earlier output folder and pictures too.
+        if len(listed) == own_here and not own_here and not (path / _TABLES[-1]).exists():
+            raise UserError(f"{shown(pattern)}: there are no images{_left_out(skipped, own)}")
         for file, name in listed:
-            found.setdefault(os.path.abspath(file), (file, name))
+            if not _is_own(file):
+                found.setdefault(os.path.abspath(file), (file, name))
+    if not found:
+        raise UserError(f"{shown(patterns[0])}: there are no images{_left_out(skipped, own)}")
     if skipped:
         logging.warning("skipped %s", images.describe(skipped))
     if own:
-        logging.info("left out %d pictures of earlier predictions", own)
+        logging.info("left out %d files of earlier predictions", own)
     names: dict[pathlib.Path, str] = {}
     taken: set[str] = set()
     for file, name in found.values():
@@ -84,8 +86,21 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
     return names
 
 
+def _left_out(skipped: list[pathlib.Path], own: int) -> str:
+    about = f"; skipped {images.describe(skipped)}" if skipped else ""
+    return about + (f"; left out {own} files of earlier predictions" if own else "")
+
+
+def _is_own(path: pathlib.Path) -> bool:
+    """Whether an earlier prediction wrote a file."""
+    return path.name in _TABLES or pictures.is_prediction(path)
+
+
 def _matching(path: pathlib.Path) -> list[str]:
-    return sorted(glob.glob(str(path), recursive=True))
+    """What a pattern matches; what exists of its beginning, as `box[2]` may, is no pattern."""
+    literal = next(x for x in path.parents if x.exists())
+    pattern = os.path.join(glob.escape(str(literal)), path.relative_to(literal))
+    return sorted(glob.glob(pattern, recursive=True))
 
 
 def _listed(
@@ -163,11 +178,21 @@ def predict_files(
     Raises:
       UserError: something cannot be written.
     """
-    done = _earlier(output, detector, with_pictures)
-    rows = {path: done[key] for path in names if (key := _key(path)) in done}
+    done = _earlier(output, detector)
+    rows = {
+        path: done[key]
+        for path, name in names.items()
+        if (key := _key(path)) in done
+        and (not with_pictures or _has_pictures(done[key], output, name))
+    }
     if rows:
         logging.info("%d of %d images were done before", len(rows), len(names))
     missing = [path for path in names if path not in rows]
+    if with_pictures:  # Whose pictures are overwritten now is done again when it is asked for.
+        taken = {names[path] for path in missing}
+        done = {key: row for key, row in done.items() if row["pictures"] not in taken}
+    # The last batch and one with unreadable files are filled up: no other size is compiled.
+    size = evaluate.fixed_size(len(missing), batch_size, detector.mesh)
     bar = tqdm(
         total=len(missing), unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True
     )
@@ -175,9 +200,9 @@ def predict_files(
     line = began = time.monotonic()
     with _written(output, detector, done.values(), rows.values(), threshold) as write, bar:
         try:
-            for batch in _read_ahead(pool, missing, batch_size, detector.white_level):
+            for batch in _read_ahead(pool, missing, size, detector.white_level):
                 readable = [image for _, image in batch if not isinstance(image, UserError)]
-                found = iter(zip(*detector(readable, batch_size)))
+                found = iter(zip(*detector(readable, size, fill=True)))
                 jobs = []
                 for path, image in batch:
                     if isinstance(image, UserError):
@@ -185,7 +210,8 @@ def predict_files(
                         rows[path] = _failed(path, image)
                         continue
                     values, score = next(found)
-                    rows[path] = _row(path, values, float(score), with_pictures)
+                    name = names[path] if with_pictures else ""
+                    rows[path] = _row(path, values, float(score), name)
                     if with_pictures:
                         stem = output / names[path]
                         jobs.append(pool.submit(_write_pictures, stem, image, values))
@@ -246,12 +272,20 @@ def _key(path: pathlib.Path) -> tuple[str, int, int] | None:
     return os.path.abspath(path), status.st_size, status.st_mtime_ns
 
 
-def _row(path: pathlib.Path, values: np.ndarray, score: float, with_pictures: bool) -> Row:
-    """What is known of an image; the highest value of its map, and where."""
+def _has_pictures(row: Row, output: pathlib.Path, name: str) -> bool:
+    """Whether an image's pictures are there, under the name that they are to have."""
+    stem = output / name
+    return row["pictures"] == name and all(
+        stem.with_name(f"{stem.name}_{kind}.png").exists() for kind in _PICTURES
+    )
+
+
+def _row(path: pathlib.Path, values: np.ndarray, score: float, name: str) -> Row:
+    """What is known of an image: the highest value of its map and where, its pictures' name."""
     row, column = divmod(int(values.argmax()), values.shape[1])
     figures = {"score": score, "highest": round(float(values.max()), 6)}
     place = {"row": row, "column": column}
-    about = {"image": _text(path), "key": _key(path), "pictures": with_pictures}
+    about = {"image": _text(path), "key": _key(path), "pictures": name}
     return about | figures | place | {"error": ""}
 
 
@@ -278,9 +312,7 @@ def _made_by(detector: Detector) -> dict[str, Any]:
     return {"checkpoint": detector.digest, "score_pixels": config["score_pixels"]}
 
 
-def _earlier(
-    output: pathlib.Path, detector: Detector, with_pictures: bool
-) -> dict[tuple[str, int, int], Row]:
+def _earlier(output: pathlib.Path, detector: Detector) -> dict[tuple[str, int, int], Row]:
     """Rows that an earlier call wrote and that still hold, by their images' keys."""
     rows: dict[tuple[str, int, int], Row] = {}
     lines = (output / "predictions.jsonl").read_text("utf-8", "surrogateescape").splitlines()
@@ -290,11 +322,11 @@ def _earlier(
             row = json.loads(line)
             if "checkpoint" in row:
                 made_by = row
-            elif not row["error"] and (row["pictures"] or not with_pictures):
+            elif not row["error"] and isinstance(row["pictures"], str):
                 rows[tuple(row["key"])] = row
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a call that was killed
-    if made_by is not None and made_by != _made_by(detector):
+    if rows and made_by != _made_by(detector):
         logging.warning(
             "%s holds predictions of another checkpoint: they are replaced", shown(output)
         )
@@ -348,7 +380,9 @@ def _json_line(content: dict[str, Any]) -> str:
 
 def _as_csv(rows: Sequence[Row], header: bool = True) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    # By itself Python 3.11 quotes a line feed in a name, but no carriage return.
+    quoting = csv.QUOTE_ALL if any("\r" in row["image"] for row in rows) else csv.QUOTE_MINIMAL
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n", quoting=quoting)
     if header:
         writer.writeheader()
     writer.writerows(rows)

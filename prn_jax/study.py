@@ -19,7 +19,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from prn_jax import experiment, results
+from prn_jax import experiment, pretrained, results
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import lock
 
@@ -166,7 +166,7 @@ def folder_name(variation: str) -> str:
 
 
 def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> list[StudyRun]:
-    """Runs what is unfinished, several at a time; returns what did not come to its end.
+    """Runs what is unfinished, several at a time; returns what failed.
 
     Each run is a process of its own with its share of the machine's accelerators, and writes its
     log to `<workdir>/seed_<seed>/<category>.log`. A run that fails does not stop the others.
@@ -177,13 +177,16 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
       parallel: processes at a time.
 
     Raises:
-      UserError: another study runs in `workdir`.
+      UserError: another study runs in `workdir`, or the backbone's weights cannot be had.
       Interrupted: after SIGTERM or Ctrl-C, when the running ones have saved.
     """
     waiting = [run for run in runs if not run.is_finished()]
     done = len(runs) - len(waiting)
     if done:
         logging.info("%d of %d runs are finished already", done, len(runs))
+    # Once, before any run prepares its data and finds them missing.
+    for config in {run.config.backbone.to_json(): run.config for run in waiting}.values():
+        pretrained.check(config)
     failed: list[StudyRun] = []
     active: dict[int, tuple[subprocess.Popen, StudyRun, float]] = {}
     began, finished_now = time.monotonic(), 0
@@ -218,10 +221,11 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
                     )
                 else:
                     failed.append(run)
-                    # Someone else's SIGTERM; it saved, and the same study goes on with it.
                     stopped = process.returncode == 128 + signal.SIGTERM
-                    what = "stopped" if stopped else "failed"
-                    logging.error("%s: %s; %s", run.name, what, _last_line(run))
+                    how = (
+                        "stopped and saved, goes on with the same command" if stopped else "failed"
+                    )
+                    logging.error("%s: %s; %s", run.name, how, _last_line(run))
     return failed
 
 

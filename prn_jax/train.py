@@ -369,8 +369,12 @@ def _start(config, model, optimizer, normal_images, checkpoints, mesh) -> tuple[
     began = time.monotonic()
     stored = fit_prototypes(config, model, variables, normal_images, mesh)
     logging.info(
-        "%d prototypes per scale from %d normal images in %.1f s",
-        model.num_prototypes,
+        "%d %s per scale from %d normal images in %.1f s",
+        *(
+            (model.num_prototypes, "prototypes")
+            if model.trained
+            else (model.num_patches, "patches")
+        ),
         len(normal_images),
         time.monotonic() - began,
     )

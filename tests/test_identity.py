@@ -1,25 +1,69 @@
-"""A run is what it was made of: differences, locks, whose records count, what is refused."""
+"""What a run is made of, and who works in a folder."""
 
 import dataclasses
 import errno
 import fcntl
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
-from prn_jax import datasets, experiment, pretrained, program, study
+from configs import default, folder, mvtec
+from prn_jax import datasets, experiment, identity, pretrained, program
 from prn_jax.errors import UserError
-from prn_jax.identity import Identity, lock
-from tests.processes import ROOT, environment
-from tests.trees import make_mvtec
+from prn_jax.identity import Identity
+from tests.processes import ROOT
+from tests.trees import draw, draw_mask, make_mvtec, save
 
-CONFIG = {"epochs": 2, "total_steps": 0, "seed": 0, "score_pixels": 100, "log_every": 1}
-MADE_OF = Identity("folder", "bolt", "f1", ("crack/0", "crack/1"), 12, 0, CONFIG)
-HOLDER = """
+
+def make(using=None, **changes):
+    using = using or default.get_config()
+    known = Identity("folder", "bolt", "f00d", ("test/a/1", "test/a/2"), 12, 0,
+                     identity.as_dict(using))  # fmt: skip
+    return dataclasses.replace(known, **changes)
+
+
+def changed(**fields):
+    config = default.get_config()
+    config.update(**fields)
+    return identity.as_dict(config)
+
+
+DIFFERENCES = {
+    "images added": ({"fingerprint": "beef"}, "the images changed"),
+    "another seen one": ({"seen": ("test/a/1", "test/a/2", "test/a/3")}, "newly a seen .*test/a/3"),
+    "one seen no more": ({"seen": ("test/a/1",)}, "no longer a seen anomaly: test/a/2"),
+    "longer": ({"steps": 20}, "its steps were 12, are 20"),
+    "score_pixels": ({"config": changed(score_pixels=50)}, "score_pixels was 100, is 50"),
+    "a seed": ({"config": changed(seed=3)}, "seed was 0, is 3"),
+}
+
+
+@pytest.mark.parametrize("name", list(DIFFERENCES))
+def test_what_differs_is_named_and_refused(name):
+    changes, message = DIFFERENCES[name]
+    with pytest.raises(UserError, match=f"made of something else .*{message}"):
+        make().check(make(**changes), "the checkpoint")
+    if name == "one seen no more":  # it would be tested on
+        with pytest.raises(UserError, match="would be tested on"):
+            make().check(make(**changes), "the checkpoint", allow=True)
+    else:
+        assert make().check(make(**changes), "the checkpoint", allow=True).changes
+
+
+def test_what_changes_no_figure_may_differ():
+    config = default.get_config()
+    config.update(log_every=3, eval_batch_size=8, eval_every=5)
+    config.data.manual_dir = "/elsewhere"
+    assert not make().differences(make(config))
+    assert Identity.from_json(make().as_json()) == make()
+
+
+# --- the lock -------------------------------------------------------------------------------------
+
+HOLD = """
 import sys, time
 from prn_jax.identity import lock
 with lock(sys.argv[1]):
@@ -28,122 +72,130 @@ with lock(sys.argv[1]):
 """
 
 
-def other(**changes):
-    return dataclasses.replace(MADE_OF, **changes)
-
-
-@pytest.mark.parametrize(
-    ("now", "said"),
-    [
-        (other(fingerprint="f2"), "the images changed"),
-        (other(steps=24, config=CONFIG | {"total_steps": 24}), "total_steps was 0, is 24"),
-        (other(config=CONFIG | {"score_pixels": 5}), "score_pixels was 100, is 5"),
-    ],
-)
-def test_what_a_run_is_made_of_is_refused_by_name_and_can_be_let_pass(now, said):
-    with pytest.raises(UserError, match=f"{said}.*--allow_config_change"):
-        MADE_OF.check(now, "here")
-    assert said in MADE_OF.check(now, "here", allow=True).changes[0]
-    MADE_OF.check(other(config=CONFIG | {"log_every": 7}), "here")
-
-
-def test_trained_anomalies_are_never_tested_on():
-    now = other(fingerprint="f2", seen=("crack/1", "crack/2"))
-    with pytest.raises(UserError, match="no longer a seen anomaly: crack/0; .*: crack/2"):
-        MADE_OF.check(now, "here", allow=True)
-
-
-def test_stored_identities_come_back():
-    assert Identity.from_json(MADE_OF.as_json()) == MADE_OF
-
-
-def test_a_newcomer_is_told_who_is_there_and_a_killed_one_blocks_nobody(tmp_path):
+def test_a_newcomer_is_told_who_is_there_and_a_killed_one_holds_nothing(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert holder.stdout.readline() == "held\n"
-        said = rf"another training works in .*process {holder.pid} "
-        with pytest.raises(UserError, match=said), lock(tmp_path):
-            pass
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate()
-    with lock(tmp_path):
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"another training .*process {holder.pid} on .* since"):
+        identity.lock(tmp_path).__enter__()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with identity.lock(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_is_not_another_training(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_other_training(code, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with lock(tmp_path / "new"):
-        assert (tmp_path / "new").is_dir()
-
-
-@pytest.mark.parametrize("folder", ["empty", "mistyped"])
-def test_all_of_a_folder_without_data_is_an_error(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=folder):
-        datasets.all_categories("mvtec_ad", tmp_path / folder, tmp_path / "records")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with identity.lock(tmp_path):
+        pass
 
 
-def test_products_of_another_project_stay_away(tmp_path):
+# --- whose records --------------------------------------------------------------------------------
+
+
+def where(root, records):
+    return {"manual_dir": root, "data_dir": records}
+
+
+def test_products_of_two_projects_have_records_of_their_own(tmp_path):
     records = tmp_path / "records"
-    for project, product in (("a", "bolt"), ("b", "nut")):
-        make_mvtec(tmp_path / project, product)
-    one = {"manual_dir": tmp_path / "a", "data_dir": records}
-    datasets.prepare("folder", "bolt", **one)
-    assert datasets.all_categories("folder", tmp_path / "b", records) == ["nut"]
-    # A product of the same name has records of its own.
-    make_mvtec(tmp_path / "b", "bolt", train=9)
-    two = {"manual_dir": tmp_path / "b", "data_dir": records}
-    datasets.prepare("folder", "bolt", **two)
-    prints = [datasets.fingerprint("folder", "bolt", **which) for which in (one, two)]
-    assert prints[0] != prints[1]
+    for project, good in (("a", 2), ("b", 3)):
+        make_mvtec(tmp_path / project, "bolt", good=good)
+        make_mvtec(tmp_path / project, f"only_{project}")
+    found = {}
+    for project in "ab":
+        for product in ("bolt", f"only_{project}"):
+            datasets.prepare("folder", product, **where(tmp_path / project, records))
+        found[project] = datasets.prepare("folder", "bolt", **where(tmp_path / project, records))
+    assert found["a"].data_dir != found["b"].data_dir
+    counts = [found[x].info.splits["test"].num_examples for x in "ab"]
+    assert counts == [7, 8]
+    # All is what is in the folder, whatever records there are besides.
+    for project in "ab":
+        names = datasets.all_categories("folder", tmp_path / project, records)
+        assert names == ["bolt", f"only_{project}"]
 
 
-@pytest.mark.parametrize("form", ["{}={}", "{} {}"])
-def test_the_last_override_of_a_field_counts(form, monkeypatch):
-    sizes = [form.format("--config.image_size", size) for size in (128, 64)]
-    given = " ".join(sizes).split()
-    passed_on = study.overrides_of(given, lambda name: name.startswith("config"))
-    for arguments in (given, passed_on):
-        config = parsed(arguments, monkeypatch)
-        assert experiment.checked(config).image_size == (64, 64)
+@pytest.mark.parametrize("get_config", [mvtec.get_config, folder.get_config])
+def test_no_data_is_an_error_that_says_what_was_looked_for(get_config, tmp_path):
+    config = get_config()
+    config.data.data_dir = str(tmp_path / "records")
+    for place in (tmp_path / "mistyped", tmp_path):
+        config.data.manual_dir = str(place)
+        with pytest.raises(UserError, match=rf"{place}.*manual_dir"):
+            experiment.train_and_evaluate(config, str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
 
 
-def parsed(arguments, monkeypatch):
-    """The configuration as `launch/main.py` gets it."""
-    values = flags.FlagValues()
-    arguments = ["main.py", f"--config={ROOT / 'configs/default.py'}", *arguments]
-    monkeypatch.setattr(sys, "argv", arguments)  # ml_collections looks for overrides there
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    values(arguments)
-    return values.config
-
-
-def test_too_little_memory_of_the_device_is_one_line():
-    text = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.\nmore"
-    message = program._explained(RuntimeError(text))
-    assert "lower batch_size" in message
-    assert "2147483648 bytes" in message
-    assert program._explained(RuntimeError("a mistake")) is None
-
-
-def test_missing_weights_end_a_run_before_its_data_is_prepared(tmp_path, monkeypatch):
+def test_records_without_raw_files_count_where_their_category_is_named(tmp_path):
     make_mvtec(tmp_path / "raw", "bolt")
+    records = tmp_path / "records"
+    datasets.prepare("folder", "bolt", **where(tmp_path / "raw", records))
+    (tmp_path / "raw").rename(tmp_path / "gone")
+    builder = datasets.prepare("folder", "bolt", **where(tmp_path / "raw", records))
+    assert builder.info.splits["train"].num_examples == 4
+    with pytest.raises(UserError, match="no folder .*raw"):
+        datasets.all_categories("folder", tmp_path / "raw", records)
 
-    def missing(_):
-        raise UserError("no weights")
 
-    monkeypatch.setattr(pretrained, "check", missing)
-    config = parsed([
-        "--config.data.name=folder", f"--config.data.manual_dir={tmp_path / 'raw'}",
-        f"--config.data.data_dir={tmp_path / 'records'}", "--config.category=bolt",
-    ], monkeypatch)  # fmt: skip
-    with pytest.raises(UserError, match="no weights"):
+# --- before anything is computed ------------------------------------------------------------------
+
+
+def test_weights_that_cannot_be_had_are_missed_before_any_data_is_read(tmp_path):
+    make_mvtec(tmp_path / "raw", "bolt", size=(64, 64))
+    config = folder.get_config()
+    config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
+    config.backbone.weights = str(tmp_path / "missing.npz")
+    config.batch_size = 8
+    with pytest.raises(UserError, match=r"missing\.npz"):
         experiment.train_and_evaluate(config, str(tmp_path / "work"))
     assert not (tmp_path / "records").exists()
+    config.backbone.weights = "random"
+    pretrained.check(config)
+
+
+def test_a_repeated_override_counts_once():
+    code = (
+        "import sys; from absl import flags; from ml_collections import config_flags;"
+        "from prn_jax import program;"
+        "c = config_flags.DEFINE_config_file('config');"
+        "program.run(lambda: print(c.value.image_size, c.value.synthesis.extended_scale,"
+        " c.value.attention.divisions))"
+    )
+    given = ["--config=configs/mvtec.py", "--config.image_size=128", "--config.image_size", "64",
+             "--config.synthesis.extended_scale=(0.1,0.2)",
+             "--config.synthesis.extended_scale=(0.3,0.4)",
+             "--config.attention.divisions=(1,2,3)",
+             "--config.attention.divisions=(1,2)"]  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout == "(64,) (0.3, 0.4) (1, 2)\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.5GiB.\n[lots of XLA]",
+        "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.",
+    ],
+)
+def test_a_device_that_is_too_small_is_one_line(text):
+    message = program._explained(RuntimeError(text))
+    assert "lower batch_size" in message
+    assert "\n" not in message
+    assert program._explained(RuntimeError("a mistake of ours")) is None
+
+
+def test_a_defect_added_changes_the_fingerprint(tmp_path):
+    make_mvtec(tmp_path / "raw", "bolt")
+    place = where(tmp_path / "raw", tmp_path / "records")
+    before = datasets.fingerprint("folder", "bolt", **place)
+    save(tmp_path / "raw/bolt/test/contamination/9.png", draw(9))
+    save(tmp_path / "raw/bolt/ground_truth/contamination/9_mask.png", draw_mask(9))
+    assert datasets.fingerprint("folder", "bolt", **place) != before

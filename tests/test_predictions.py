@@ -8,6 +8,7 @@ import os
 import pathlib
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import default
-from prn_jax import pictures, predictions
+from prn_jax import evaluate, pictures, predictions
+from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
+from prn_jax.models.prn import PRN
 
 
 @dataclasses.dataclass
@@ -28,8 +31,11 @@ class Stub:
     config: object = dataclasses.field(default_factory=default.get_config)
     calls: int = 0
     stop_after: int = 10**9
+    mesh: object = dataclasses.field(default_factory=lambda: meshes.create_mesh(jax.devices()[:1]))
+    sizes: list = dataclasses.field(default_factory=list)
 
-    def __call__(self, images, batch_size):
+    def __call__(self, images, batch_size, fill=False):
+        self.sizes.append(batch_size if fill else len(images))
         if self.calls + len(images) > self.stop_after:
             raise KeyboardInterrupt
         self.calls += len(images)
@@ -190,6 +196,75 @@ def make(root, nested, name, ending, kind, height, width):
     if kind in ("cut", "empty", "text"):
         content = {"cut": path.read_bytes()[:-9], "empty": b"", "text": b"hello"}[kind]
         path.write_bytes(content)
+
+
+def named(output, stub, *paths, **options):
+    """A prediction of files as a shell lists them."""
+    names = predictions.find([str(path) for path in paths])
+    return predictions.predict_files(stub, names, predictions.prepare(output), **options)
+
+
+@pytest.mark.parametrize("output", [".", "predictions"])
+@pytest.mark.parametrize("with_pictures", [True, False])
+def test_what_a_shell_lists_may_hold_an_earlier_prediction(folder, output, with_pictures):
+    for calls in (10, 0, 0):
+        stub = Stub()
+        rows = named(folder / output, stub, *folder.iterdir(), with_pictures=with_pictures)
+        assert (len(rows), stub.calls) == (10, calls)
+    with pytest.raises(UserError, match="there are no images; .*left out"):
+        named(folder / "other", Stub(), *folder.rglob("predictions.*"))
+
+
+def test_each_picture_shows_its_own_image(tmp_path):
+    """Whatever was predicted in between: two images whose pictures would have one name."""
+    draw(tmp_path / "a/x.jpg", 200)
+    draw(tmp_path / "b/x.png", 50)
+    a, b, output = tmp_path / "a", tmp_path / "b", tmp_path / "out"
+
+    def level(name):
+        with Image.open(output / f"{name}_overlay.png") as picture:
+            return np.asarray(picture).tolist()
+
+    named(output, Stub(), b)
+    dark = level("x")
+    named(output, Stub(), a, b)
+    bright = level("x")
+    assert level("x_2") == dark != bright
+    named(output, Stub(), b)
+    assert level("x") == dark
+    (output / "x_heat.png").unlink()
+    again = Stub()
+    named(output, again, b)
+    assert again.calls == 1
+    assert (output / "x_heat.png").exists()
+
+
+def test_brackets_in_a_folder_are_no_pattern_and_any_line_end_stays_in_its_row(tmp_path):
+    names = ["a\rb.png", "c\nd.png", "e.png"]
+    for name in names:
+        draw(tmp_path / "box[2]" / name, 10)
+    named(tmp_path, Stub(), tmp_path / "box[2]" / "*.png")
+    assert [pathlib.Path(row["image"]).name for row in table(tmp_path)] == names
+
+
+def test_a_tail_and_unreadable_files_are_computed_in_the_same_size(folder, monkeypatch):
+    (folder / "3.png").write_bytes(b"cut")
+    stub = Stub()
+    named(folder / "out", stub, folder, batch_size=4)
+    assert stub.sizes == [4, 4, 4]
+    # The step itself, with any number of images at all.
+    shapes = set()
+
+    def step(variables, images):
+        shapes.add(len(images))
+        return images[..., 0].astype(np.float32), images[:, 0, 0, 0].astype(np.float32)
+
+    monkeypatch.setattr(evaluate, "_cached_step", lambda *_: step)
+    for count in range(1, 40):
+        images = np.full((count, 2, 2, 3), np.arange(count)[:, None, None, None], np.uint8)
+        _, scores = evaluate.predict(PRN(), None, images, stub.mesh, batch_size=32)
+        assert scores.tolist() == list(range(count))
+    assert shapes == {1, 4, 16, 32}
 
 
 def listing(root):

@@ -18,7 +18,9 @@ CATEGORIES, SEEDS = ("bottle", "metal_nut"), (0, 2)
 
 
 def make_plan(workdir):
-    config = experiment.checked(mvtec.get_config())
+    config = mvtec.get_config()
+    config.backbone.weights = "random"
+    config = experiment.checked(config)
     return study.plan(config, CATEGORIES, SEEDS, workdir, ["--config=configs/mvtec.py"])
 
 
@@ -119,6 +121,15 @@ def test_runs_are_resumed_and_one_failure_does_not_stop_the_others(tmp_path):
     changed.batch_size = 8
     with pytest.raises(UserError, match="batch_size was 64, is 8"):
         dataclasses.replace(runs[0], config=changed).is_finished()
+
+
+def test_weights_that_cannot_be_had_end_a_study_before_its_runs(tmp_path):
+    runs = make_plan(tmp_path)
+    for run in runs:
+        run.config.backbone.weights = str(tmp_path / "missing.npz")
+    with pytest.raises(UserError, match=r"missing\.npz"):
+        study.execute(runs, tmp_path, 1)
+    assert not list(tmp_path.rglob("*.log"))
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path):

@@ -3,9 +3,10 @@
 The normal images themselves tell. On pictures of an object the corners show the background: what
 differs from them in colour is the product. On a texture the corners look like everything else, and
 the whole image is foreground. Where the background has a structure of its own (holes and strips of
-a circuit board), what differs from the corners crosses the border in many places: the estimate is
-not trusted, and the whole image is foreground too. PRN's first author uses a saliency network for
-this; the estimate here needs none, and no threshold per category.
+a circuit board), what differs from the corners crosses the border in many places. Then an aligned
+product is what occurs nowhere along the border of any image, if the images agree on it; else the
+whole image is foreground too. PRN's first author uses a saliency network for this; the estimate
+here needs none, and no threshold per category.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import zipfile
 import numpy as np
 from absl import logging
 from etils import epath
-from scipy import ndimage
+from scipy import ndimage, spatial
 
 # Fractions of the image's side, and of its pixels.
 _CORNER = 0.06
@@ -28,8 +29,15 @@ _LEAST, _MOST = 0.04, 0.97
 _MOST_CROSSINGS = 4
 # Least share of the distances' variance that the two classes explain (one Gaussian: 0.64).
 _SEPARATION = 0.7
+# What the frame shows, and how it is compared: its width and the scales as fractions of the side,
+# how many images judge and how many of their pixels are known.
+_FRAME, _SCALES = 0.08, (0.008, 0.03)
+_JUDGES, _KNOWN = 32, 2000
+# Least intersection over union of each image's product with the common one, and the most of the
+# common one in the frame.
+_AGREEMENT, _MOST_IN_FRAME = 0.5, 0.02
 # Raise it when the estimate changes: what was cached is then made anew.
-_VERSION = 2
+_VERSION = 3
 
 
 def cached_foreground(images: np.ndarray, folder: epath.PathLike) -> tuple[np.ndarray, bool]:
@@ -84,10 +92,13 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
     products = distance > threshold
     corner = _corners(products.shape[1:])
     in_corners, coverage = products[:, corner].mean(), products.mean()
-    if separation < _SEPARATION or in_corners > _MOST_IN_CORNERS or not _LEAST <= coverage <= _MOST:
-        return everything, False
-    if np.median([_crossings(x) for x in products]) > _MOST_CROSSINGS:
-        return everything, True
+    stands_out = (
+        separation >= _SEPARATION and in_corners <= _MOST_IN_CORNERS and _LEAST <= coverage <= _MOST
+    )
+    if not stands_out or np.median([_crossings(x) for x in products]) > _MOST_CROSSINGS:
+        products = _unlike_frame(small)
+    if products is None:
+        return everything, bool(stands_out)
     products = np.stack([_tidy(x) for x in products])
     if (products.mean(axis=(1, 2)) < _LEAST / 2).mean() > 0.05:
         return everything, False
@@ -96,6 +107,44 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
     # An image in which nothing was found is all foreground rather than none.
     everything[~everything.any(axis=(1, 2))] = 1
     return everything, True
+
+
+def _unlike_frame(images: np.ndarray) -> np.ndarray | None:
+    """What occurs nowhere near the edges of any image, bool [n, h, w]; None without agreement.
+
+    For an aligned product on a structured background: each pixel's surroundings, at a fine and a
+    coarse scale, are compared with all that the frame shows.
+    """
+    side, shape = min(images.shape[1:3]), images.shape[1:3]
+    frame = np.ones(shape, bool)
+    width = max(2, round(_FRAME * side))
+    frame[width:-width, width:-width] = False
+
+    def surroundings(image: np.ndarray) -> np.ndarray:
+        image = image.astype(np.float32)
+        scales = [ndimage.gaussian_filter(image, (s * side, s * side, 0)) for s in _SCALES]
+        return np.concatenate(scales, -1)
+
+    chosen = images[:: -(-len(images) // _JUDGES)]
+    known = np.concatenate([surroundings(image)[frame] for image in chosen])
+    tree = spatial.cKDTree(known[:: -(-len(known) // _KNOWN)])
+
+    def distance(image: np.ndarray) -> np.ndarray:
+        return tree.query(surroundings(image).reshape(-1, known.shape[1]))[0].reshape(shape)
+
+    judged = np.stack([distance(image) for image in chosen])
+    mean = judged.mean(axis=0)
+    threshold, separation = _otsu(mean)
+    common, own = mean > threshold, judged > threshold
+    agreement = np.mean([(x & common).sum() / max(1, (x | common).sum()) for x in own])
+    if (
+        separation < _SEPARATION
+        or agreement < _AGREEMENT
+        or common[frame].mean() > _MOST_IN_FRAME
+        or not _LEAST <= common.mean() <= _MOST
+    ):
+        return None
+    return np.stack([(distance(image) > threshold) | common for image in images])
 
 
 def describe(foreground: np.ndarray, is_object: bool) -> str:

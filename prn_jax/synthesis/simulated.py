@@ -59,8 +59,9 @@ class Simulate:
           seed: int32 [2].
 
         Returns:
-          The image with anomalies, uint8 [h, w, 3], and where they are, bool [h, w]: nowhere when
-          every attempt failed. Outside of it the image is the normal one.
+          The image with anomalies, uint8 [h, w, 3], and where they are, bool [h, w]: those of the
+          last attempt when all failed, and nowhere if even they were too small. Outside of it the
+          image is the normal one.
         """
         share = self._config.visible_share
         least = self._config.visible_change
@@ -79,8 +80,8 @@ class Simulate:
             return ~shows & (number < self._config.attempts)
 
         start = (tf.constant(0), image, tf.zeros_like(foreground), tf.constant(False))
-        _, made, mask, shows = tf.while_loop(unseen, attempt, start)
-        mask &= shows
+        _, made, mask, _ = tf.while_loop(unseen, attempt, start)
+        mask &= count(mask) >= self._min_pixels
         return tf.where(mask[..., None], made, image), mask
 
     def once(

@@ -9,6 +9,7 @@ from scipy import ndimage
 from configs import default
 from prn_jax import experiment
 from prn_jax.errors import UserError
+from prn_jax.identity import Identity, as_dict
 from prn_jax.models import memory
 from prn_jax.models.prn import PRN, create_model
 
@@ -127,3 +128,15 @@ def test_a_memory_that_makes_no_sense_is_refused(field, value):
     config.memory[field] = value
     with pytest.raises(UserError, match=rf"memory\.{field}="):
         experiment.checked(config)
+
+
+def test_an_untrained_run_is_not_gone_on_with():
+    config = experiment.checked(default.get_config())
+    config.memory.patches = 8
+    trained = Identity("demo", "gravel", "", (), 20, 0, as_dict(config))
+    config.total_steps = 0
+    untrained = Identity("demo", "gravel", "", (), 0, 0, as_dict(config))
+    for saved, now in ((trained, untrained), (untrained, trained)):
+        with pytest.raises(UserError, match="without training"):
+            saved.check(now, "the run", allow=True)
+    assert untrained.check(untrained, "the run") == untrained

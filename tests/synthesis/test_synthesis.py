@@ -8,7 +8,7 @@ from configs import default
 from prn_jax.errors import UserError
 from prn_jax.synthesis import extended, foreground, textures
 from prn_jax.synthesis.augment import Draws
-from prn_jax.synthesis.blending import blend, difference, to_grey
+from prn_jax.synthesis.blending import blend, difference, shown_part, to_grey
 from prn_jax.synthesis.perlin import PerlinNoise
 from prn_jax.synthesis.simulated import Simulate
 
@@ -55,6 +55,22 @@ def test_blend_is_its_formula():
     found = blend(tf.constant(image), tf.constant(content), tf.constant(weight), opacity).numpy()
     expected = image + opacity * weight[..., None].astype(float) * (content.astype(float) - image)
     assert np.abs(found - expected).max() <= 0.501
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_the_part_that_shows_is_told_by_its_neighbourhood(share):
+    rng = np.random.default_rng(0)
+    region = ndimage.gaussian_filter(rng.normal(size=(40, 56)), 4) > -0.02
+    visible = rng.random((40, 56)) < np.linspace(0, 1, 56)  # ever more to the right
+    found = shown_part(tf.constant(visible), tf.constant(region), share, 7).numpy()
+
+    def total(mask):
+        return ndimage.convolve(mask.astype(float), np.ones((7, 7)), mode="constant")
+
+    expected = region & (total(visible & region) >= share * total(region) - 1e-6)
+    np.testing.assert_array_equal(found, expected)
+    assert not found[:, :8].any()
+    np.testing.assert_array_equal(found[:, 48:], region[:, 48:])  # no holes
 
 
 def test_simulated_anomalies_stay_on_the_foreground_and_change_nothing_else():
@@ -175,6 +191,66 @@ def test_an_untransformed_piece_is_a_cut_and_paste():
     assert made.numpy().sum() == source[4:9, 6:13].sum()
 
 
+def paste(config, sources, masks, names, number=0, image=None, middle=(20.0, 17.0)):
+    """What `Extend` makes of an image of 32x32, black unless given."""
+    image = np.zeros((32, 32, 3), np.uint8) if image is None else image
+    extend = extended.Extend(np.stack(sources), np.stack(masks), names, config)
+    everywhere, points = tf.ones((32, 32), tf.bool), tf.constant([middle])
+    made, where = extend(tf.constant(image), everywhere, points, Draws(seed(number)))
+    return made.numpy(), where.numpy()
+
+
+@pytest.fixture
+def plain_paste():
+    config = default.get_config().synthesis
+    config.update(extended_spatial=0.0, extended_colour=0.0, extended_opaque=1.0, max_pastes=1)
+    return config
+
+
+def rectangle(rows, columns):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[slice(*rows), slice(*columns)] = 1
+    return mask
+
+
+def test_a_region_that_does_not_show_is_drawn_anew(plain_paste):
+    plain_paste.max_pastes = 3
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 200, (32, 32, 3)).astype(np.uint8)
+    shift = (14, 8)
+    hidden = np.roll(image, (-shift[0], -shift[1]), (0, 1))  # pasted, it is what lies below
+    large, small = rectangle((2, 11), (3, 16)), rectangle((5, 8), (8, 11))
+    for number in range(8):
+        made, where = paste(
+            plain_paste, [hidden, image + 50], [large, small], ["a", "b"], number, image
+        )
+        np.testing.assert_array_equal(where, np.roll(small, shift, (0, 1)) > 0)
+        assert (made == image)[~where].all()
+    made, where = paste(plain_paste, [hidden], [large], ["a"], 0, image)
+    assert not where.any()
+    np.testing.assert_array_equal(made, image)
+
+
+def test_all_regions_of_a_mask_are_pasted_as_they_lie(plain_paste):
+    plain_paste.extended_together = 1.0
+    source = np.full((32, 32, 3), 200, np.uint8)
+    mask = rectangle((4, 9), (6, 13)) | rectangle((15, 20), (2, 8))
+    _, where = paste(plain_paste, [source], [mask], ["dent"], middle=(17.5, 17.0))
+    labels, count = ndimage.label(where)
+    assert count == 2
+    np.testing.assert_array_equal(np.roll(where, (-6, -10), (0, 1)), mask > 0)
+
+
+def test_where_no_attempt_is_plain_enough_the_last_one_stays():
+    rng = np.random.default_rng(0)
+    image, stuff = rng.integers(0, 256, (2, 64, 48, 3)).astype(np.uint8)
+    config = default.get_config().synthesis
+    simulate = Simulate((64, 48), tf.constant(stuff[None]), config, self_source=False)
+    everywhere = tf.ones((64, 48), tf.bool)
+    made = [simulate(tf.constant(image), everywhere, 500.0, seed(i))[1].numpy() for i in range(4)]
+    assert sum(mask.any() for mask in made) >= 3  # one of them may have had no shape at all
+
+
 def test_an_object_is_found_and_a_texture_is_all_foreground():
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:128, :128]
@@ -198,19 +274,44 @@ def test_an_object_is_found_and_a_texture_is_all_foreground():
     assert "texture" in foreground.describe(found, is_object)
 
 
-def test_strips_of_the_background_are_not_taken_for_the_product():
+def boards(product, shape=(128, 144)):
+    """Boards with tracks and holes, each a little shifted, and where the product lies on each."""
     rng = np.random.default_rng(0)
-    pictures = np.full((8, 128, 128, 3), (180, 110, 90), float)
-    for picture in pictures:
-        for left in range(14, 128, 20):  # strips of the board, never quite at the same place
-            left += rng.integers(-3, 4)
-            picture[:, left : left + 5] = 20
-        picture[40:80, 40:80] = 25  # the product
-    pictures = np.clip(pictures + rng.normal(0, 4, pictures.shape), 0, 255).astype(np.uint8)
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    pictures, masks = [], []
+    for _ in range(12):
+        dy, dx = rng.integers(-4, 5, 2)
+        picture = np.where(((x + dx) % 24 < 6)[..., None], [60, 40, 30], [180, 110, 90])
+        hole = ((x + dx) % 24 - 15) ** 2 + ((y + dy) % 20 - 10) ** 2 < 25
+        picture = np.where(hole[..., None], [20, 20, 20], picture)
+        dy, dx = rng.integers(-2, 3, 2)
+        body = (abs(y + dy - 52) < 24) & (abs(x + dx - 70) < 28)
+        leads = (abs(abs(x + dx - 70) - 16) < 5) & (abs(y + dy - 88) < 14)
+        if product:
+            picture = np.where(body[..., None], [25, 25, 30], picture)
+            picture = np.where(leads[..., None], [200, 200, 200], picture)
+        masks.append(body | leads)
+        pictures.append(np.clip(picture + rng.normal(0, 5, (*shape, 3)), 0, 255))
+    return np.stack(pictures).astype(np.uint8), np.stack(masks)
+
+
+def test_an_aligned_product_is_found_on_a_structured_background():
+    pictures, products = boards(product=True)
     found, is_object = foreground.estimate_foreground(pictures)
     assert is_object
+    for mask, product in zip(found > 0, products):
+        assert (mask & product).sum() / (mask | product).sum() > 0.7
+        assert (mask & product).sum() > 0.9 * product.sum()
+        assert not mask[:, :16].any()  # neither tracks nor holes
+        assert not mask[:, -16:].any()
+
+
+def test_a_product_that_lies_anywhere_on_a_structured_background_is_not_told():
+    pictures, _ = boards(product=True)
+    moved = [np.roll(x, (20 * i, 24 * i), (0, 1)) for i, x in enumerate(pictures)]
+    found, is_object = foreground.estimate_foreground(np.stack(moved))
     assert found.all()
-    assert "structure" in foreground.describe(found, is_object)
+    assert foreground.describe(found, is_object).startswith("everywhere")
 
 
 def test_foreground_points_lie_on_it():
