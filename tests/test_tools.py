@@ -46,9 +46,11 @@ def execute(script, *arguments):
 
 
 @pytest.mark.slow
-def test_prediction_repeats_the_evaluation(trained):
+def test_prediction_repeats_the_evaluation(trained, caplog):
     run, stored = results.read_run(trained), results.read_predictions(trained)
+    caplog.clear()
     detector = prn_jax.load(trained)
+    assert not [x for x in caplog.records if "/orbax/" in x.pathname]
     assert detector.thresholds["image"] == run["thresholds"]["image"]
     maps, scores = detector(stored["image"])
     assert maps.shape == stored["map"].shape

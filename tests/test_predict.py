@@ -1,0 +1,92 @@
+"""What a detector takes for one image, for several, and for none."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import default
+from prn_jax import evaluate, predict
+from prn_jax.errors import UserError
+
+
+@pytest.fixture
+def detector(monkeypatch):
+    """One without a network: a pixel's value is the mean of its channels."""
+
+    def means(model, variables, images, mesh, **_):
+        maps = images.mean(-1, dtype=np.float32) / 255
+        return maps, maps.mean(axis=(1, 2))
+
+    monkeypatch.setattr(evaluate, "predict", means)
+    config = default.get_config()
+    config.image_size = (32, 32)
+    return predict.Detector(None, None, config, 1, None, None, white_level=4095)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def test_one_image_gives_one_map_and_one_score(detector, tmp_path):
+    image = draw(40, 60, 3)
+    expected, score = detector(image)
+    assert expected.shape == (40, 60)
+    assert np.ndim(score) == 0
+    Image.fromarray(image).save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    with Image.open(path) as opened:
+        for given in (Image.fromarray(image), opened, path, str(path)):
+            values, alike = detector(given)
+            np.testing.assert_array_equal(values, expected)
+            assert alike == score
+    grey = draw(40, 60)
+    for given in (grey, grey[..., None]):
+        assert detector(given)[1] == detector(np.stack([grey] * 3, -1))[1]
+
+
+def test_several_images_in_any_form_give_the_same(detector):
+    images = draw(5, 40, 60, 3)
+    maps, scores = detector(images)
+    assert maps.shape == (5, 40, 60)
+    assert scores.shape == (5,)
+    apart = np.empty(5, object)
+    apart[:] = list(images)
+    for given in (list(images), tuple(images), (x for x in images), iter(images), apart,
+                  [Image.fromarray(x) for x in images]):  # fmt: skip
+        found, alike = detector(given)
+        assert isinstance(found, list)
+        np.testing.assert_array_equal(np.stack(found), maps)
+        np.testing.assert_array_equal(alike, scores)
+    grey = draw(5, 40, 60, 1)
+    assert detector(grey)[0].shape == (5, 40, 60)
+    for nothing in ([], iter(()), images[:0]):
+        assert [len(x) for x in detector(nothing)] == [0, 0]
+
+
+def test_more_than_8_bits_are_read_as_in_training(detector, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 4096, (40, 60)).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    expected = detector((levels >> 4).astype(np.uint8))[1]
+    for given in (levels, Image.fromarray(levels), tmp_path / "a.png"):
+        assert detector(given)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (draw(3, 40, 60), r"channels come last: give image.transpose\(1, 2, 0\)"),
+        (draw(2, 3, 40, 60), r"channels come last: give images.transpose\(0, 2, 3, 1\)"),
+        ([draw(3, 40, 60)], "image 0: .*channels come last"),
+        (draw(5, 40, 60), "several grey images in a list"),
+        (draw(40, 60, 4), "without the fourth channel"),
+        (draw(40, 60, 3).astype(np.float32), "float32: give uint8"),
+        ([draw(40, 60, 3), draw(40, 60).astype(int)], "image 1: .*int64: give uint8"),
+        (draw(0, 60, 3), r"shape \(0, 60, 3\)"),
+        ([[1, 2], [3, 4]], "image 0: a list is no image"),
+        (None, "NoneType: give an image"),
+        ("nothing.png", "nothing.png: no such file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_is_refused_in_words(detector, given, message):
+    with pytest.raises(UserError, match=message):
+        detector(given)
