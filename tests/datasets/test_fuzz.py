@@ -147,7 +147,7 @@ def _expected(root: bytes) -> collections.Counter[str]:
 def _read(root: bytes) -> list[dict]:
     path = pathlib.Path(os.fsdecode(root))
     with tempfile.TemporaryDirectory() as data_dir:
-        builder = folder.Folder.open("cup", data_dir)
+        builder = folder.Folder.open("cup", "", data_dir)
         examples, stray = builder._scan_sorted(path)
         base.fingerprint(path, examples)
         builder._start_report(stray)
