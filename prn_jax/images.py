@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterable
 
 import numpy as np
+from absl import logging
 from PIL import Image, ImageOps, PngImagePlugin
 from scipy import ndimage, sparse
 
@@ -214,6 +215,12 @@ def read_array(path: pathlib.Path, white: int = 0) -> np.ndarray:
     picture = read_picture(path)
     if not white:  # It was trained on 8-bit images: better a guess than a black image.
         white = white_level(max(picture.declared, int(picture.levels.max(initial=0))))
+        if picture.levels.dtype != np.uint8:
+            logging.log_first_n(
+                logging.WARNING,
+                "%s has more than 8 bits and no white level is known: level %d is taken for white, "
+                "and each such file's own guess (said once)", 1, shown(path), white,
+            )  # fmt: skip
     return _rgb(to_uint8(picture.levels, white))
 
 

@@ -92,6 +92,14 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
             return UserError(
                 f"folder: no folder {shown(root)}; set data.manual_dir to your images' folder"
             )
+        products = [root / category] if category else sorted(root.iterdir())
+        train = [x / "train" for x in (root, *products) if (x / "train").is_dir()]
+        for path in (path for x in train for path in sorted(x.iterdir())):
+            if path.is_dir() and layout.is_normal(path.name):
+                return UserError(
+                    f"{shown(path)}: is this the folder of normal images? rename it "
+                    f"{shown(path.with_name(layout.GOOD))}"
+                )
         return UserError(
             f"folder: neither {root}/train/good nor {root}/{product}/train/good is there; put the "
             f"normal images there or set data.manual_dir (the layout is in {cls.page})"

@@ -136,6 +136,12 @@ def scan_folders(
     stray.extend(x for x in out_of_place(folder, parts) if x.is_dir())
     stray.extend(out_of_place(folder / "train", (normal,)))
     train = list_images(folder / "train" / normal, stray)
+    for path in out_of_place(folder / "train", (normal,)) if not train else ():
+        if path.is_dir() and is_normal(path.name):
+            raise UserError(
+                f"{shown(path)}: is this the folder of normal images? rename it "
+                f"{shown(folder / 'train' / normal)}"
+            )
     examples = [Example(f"train/{normal}/{k}", "train", GOOD, v, None) for k, v in train.items()]
     names = {
         path.name
@@ -151,8 +157,13 @@ def scan_folders(
         for name in sorted(names)
     }
     for name, (found, masks) in listed.items():
-        masked = dict(masks)
-        _check_names(folder, name, normal, found, masked, suffixes)
+        _check_names(folder, name, normal, found, masks, suffixes)
+        alike = [x for x in names if x != name and x.lower() == name.lower() and listed[x][0]]
+        if masks and not found and alike:
+            raise UserError(
+                f"{shown(folder / 'ground_truth' / name)}: did you mean {shown(alike[0])}, the "
+                f"masks of {shown(folder / 'test' / alike[0])}? rename it"
+            )
         paired = pair_masks(found, masks, suffixes)
         for stem, path in found.items():
             if name != normal and stem not in paired and needs_masks:
@@ -164,6 +175,11 @@ def scan_folders(
             id_ = f"test/{shown(name)}/{stem}"
             examples.append(Example(id_, "test", defect, path, paired.get(stem)))
     return examples
+
+
+def is_normal(name: str) -> bool:
+    """Whether folders of normal images are called so elsewhere."""
+    return re.sub("[^a-z]", "", name.lower()) in _NORMAL_NAMES
 
 
 def _check_names(
@@ -178,7 +194,7 @@ def _check_names(
     if name == normal or not found:
         return
     path = folder / "test" / name
-    if not masks and re.sub("[^a-z]", "", name.lower()) in _NORMAL_NAMES:
+    if not masks and is_normal(name):
         raise UserError(
             f"{shown(path)}: is this the folder of normal images? Its images have no masks, and "
             f"defects are not called so; rename it {shown(folder / 'test' / normal)}"

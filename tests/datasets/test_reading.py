@@ -207,3 +207,16 @@ def test_pillows_limit_is_off(tmp_path):
     assert Image.MAX_IMAGE_PIXELS is None
     Image.new("1", (20000, 10000)).save(tmp_path / "large.png")
     assert images.read_picture(tmp_path / "large.png").levels.shape == (10000, 20000)
+
+
+@pytest.mark.parametrize("name", ["OK", "Good", "normal"])
+def test_normal_images_under_another_name_are_asked_about(cup, load, name):
+    (cup / "train/good").rename(cup / "train" / name)
+    with pytest.raises(UserError, match=f"train/{name}: is this the folder of normal images"):
+        load()
+
+
+def test_masks_of_a_defect_in_another_case_are_asked_about(cup, load):
+    (cup / "ground_truth/dent").rename(cup / "ground_truth/Dent")
+    with pytest.raises(UserError, match="ground_truth/Dent: did you mean dent, the masks of"):
+        load()
