@@ -62,13 +62,13 @@ def one(records, data, batches, prototypes):
 def assert_same_run(found, expected):
     """Losses, scores and metrics; the tolerances are of the float32 that is left in float64.
 
-    That of the residuals' distances is what training amplifies: to 4e-5 of the loss at most, seen
-    on 4 devices. In float32 throughout it is a thousand times that.
+    That of the residuals' distances is what training amplifies: to 4e-5 of the loss and 3e-4 of a
+    score, seen on 4 devices; in float32 throughout to 2e-3 and 7e-3.
     """
     np.testing.assert_allclose(found[0], expected[0], rtol=2e-4)
-    np.testing.assert_allclose(found[1], expected[1], atol=2e-4)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-3)
     for name, value in expected[2].items():
-        assert found[2][name] == pytest.approx(value, abs=1e-3), name
+        assert found[2][name] == pytest.approx(value, abs=5e-3), name
     assert expected[0][-1] < 0.5 * expected[0][0]  # it did learn
 
 
