@@ -33,7 +33,8 @@ def trained(tmp_path_factory):
     config.prototypes.iterations = 3
     config.synthesis.max_textures = 20
     config.data.data_dir = str(tmp_path_factory.mktemp("records"))
-    workdir = tmp_path_factory.mktemp("trained")
+    # Brackets are a pattern to whoever globs.
+    workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
     experiment.train_and_evaluate(config, str(workdir))
     return workdir / "gravel"
 
