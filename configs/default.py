@@ -102,6 +102,11 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     # Share of the steps that warm up linearly (MemSeg: 0.1).
     config.optimizer.warmup = 0.1
+    # A gradient whose norm over all parameters is greater is scaled down to it; 0: never. Ours.
+    config.optimizer.clip = 0.0
+    # Decay per step of a moving average of the weights, which is evaluated and kept in place of
+    # the last step's; 0: none. Beyond the paper.
+    config.optimizer.average = 0.0
     # The compute type: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU).
     # Parameters, statistics, losses and the prototypes' distances are float32 always.
     config.dtype = "auto"

@@ -5,7 +5,6 @@ whoever made them.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -43,12 +42,26 @@ class TrainState:
       params: trained parameters.
       batch_stats: running statistics of the decoder's batch norms.
       opt_state: the optimiser's.
+      average: moving averages of `params` and `batch_stats`; None without `optimizer.average`.
     """
 
     step: jax.Array
     params: Tree
     batch_stats: Tree
     opt_state: Tree
+    average: Tree = None
+
+    @property
+    def network(self) -> dict[str, Tree]:
+        """`params` and `batch_stats` to predict with: the averages, if there are any."""
+        return self.average or {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def to_resume(self) -> dict[str, Tree]:
+        """What goes on from here, but for what `network` holds."""
+        rest = {"step": self.step, "opt_state": self.opt_state}
+        live = {"params": self.params, "batch_stats": self.batch_stats}
+        return rest | live if self.average else rest
 
 
 # --- schedule and optimiser -----------------------------------------------------------------------
@@ -71,16 +84,21 @@ def create_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def create_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW; weight decay acts on kernels only, not on biases and batch norms."""
+    """AdamW; weight decay acts on kernels only, not on biases and batch norms.
+
+    With `optimizer.clip`, the gradient is scaled down to that norm before.
+    """
 
     def is_kernel(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    return optax.adamw(
+    adamw = optax.adamw(
         create_schedule(config, steps),
         weight_decay=config.optimizer.weight_decay,
         mask=is_kernel,
     )
+    clip = config.optimizer.clip
+    return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
 
 
 # --- initial state and prototypes -----------------------------------------------------------------
@@ -114,15 +132,23 @@ def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
 
 
 def create_state(
-    variables: dict[str, Tree], optimizer: optax.GradientTransformation, mesh: Mesh
+    config: ConfigDict,
+    variables: dict[str, Tree],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
 ) -> TrainState:
     """The state before the first step, of `variables` that lie on every device of the mesh."""
+    network = {name: variables[name] for name in ("params", "batch_stats")}
     return TrainState(
         meshes.replicate(mesh, np.int32(0)),
-        variables["params"],
-        variables["batch_stats"],
-        meshes.replicate(mesh, jax.jit(optimizer.init)(variables["params"])),
+        **network,
+        opt_state=meshes.replicate(mesh, jax.jit(optimizer.init)(variables["params"])),
+        average=jax.jit(_copy)(network) if config.optimizer.average else None,
     )
+
+
+def _copy(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def fit_prototypes(
@@ -217,10 +243,20 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         # Finite losses may come from parameters that this step has just ruined.
         values["parameter_norm"] = optax.global_norm(params)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), values
+        average = state.average and optax.incremental_update(
+            {"params": params, "batch_stats": batch_stats},
+            state.average,
+            1.0 - _decay(config.optimizer.average, state.step),
+        )
+        return TrainState(state.step + 1, params, batch_stats, opt_state, average), values
 
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
     return jax.jit(mapped, donate_argnums=0)
+
+
+def _decay(most: float, step: jax.Array) -> jax.Array:
+    """Of the moving average: smaller in the first steps, lest the initial values stay in it."""
+    return jnp.minimum(most, (1.0 + step) / (10.0 + step))
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -286,9 +322,7 @@ def train(
     start = int(state.step)
 
     def save(step: int) -> None:
-        network = {"params": state.params, "batch_stats": state.batch_stats, **frozen}
-        optimizer_state = {"step": state.step, "opt_state": state.opt_state}
-        checkpoints.save(step, network, optimizer_state, identity)
+        checkpoints.save(step, state.network | frozen, state.to_resume, identity)
 
     progress = Progress(config, start, steps, create_schedule(config, steps), write_scalars)
     last_save = time.monotonic()
@@ -314,17 +348,13 @@ def train(
                     f"stopped at step {step} of {steps} and saved; the same command goes on"
                 )
             if evaluate and _due(step, config.eval_every) and step < steps:
-                evaluate(step, model, _collections(state, frozen))
+                evaluate(step, model, state.network | frozen)
     if not steps:
         save(0)
     checkpoints.wait()
     jax.block_until_ready(state.params)
     timing = {"train_seconds": time.monotonic() - began, "train_steps": steps - start}
-    return Trained(model, _collections(state, frozen), identity, timing)
-
-
-def _collections(state: TrainState, frozen: Tree) -> dict[str, Tree]:
-    return {"params": state.params, "batch_stats": state.batch_stats, **frozen}
+    return Trained(model, state.network | frozen, identity, timing)
 
 
 def _due(step: int, every: int) -> bool:
@@ -356,15 +386,10 @@ def _resumable(checkpoints: Checkpoints, identity: Identity, allow_change: bool)
 def _start(config, model, optimizer, normal_images, checkpoints, mesh) -> tuple[TrainState, Tree]:
     """The newest checkpoint's state, or a fresh one with its prototypes."""
     if checkpoints.latest_step() is not None:
-        network, optimizer_state = _abstract(config, model, optimizer, mesh)
-        network, optimizer_state = checkpoints.restore(network, optimizer_state)
-        state = TrainState(
-            optimizer_state["step"],
-            network["params"],
-            network["batch_stats"],
-            optimizer_state["opt_state"],
-        )
-        return state, {"backbone": network["backbone"], "prototypes": network["prototypes"]}
+        network, rest = checkpoints.restore(*_abstract(config, model, optimizer, mesh))
+        frozen = {name: network.pop(name) for name in ("backbone", "prototypes")}
+        average = network if config.optimizer.average else None
+        return TrainState(**(network | rest), average=average), frozen
     variables = meshes.replicate(mesh, create_variables(config, model))
     began = time.monotonic()
     stored = fit_prototypes(config, model, variables, normal_images, mesh)
@@ -378,23 +403,28 @@ def _start(config, model, optimizer, normal_images, checkpoints, mesh) -> tuple[
         len(normal_images),
         time.monotonic() - began,
     )
-    state = create_state(variables, optimizer, mesh)
+    state = create_state(config, variables, optimizer, mesh)
     return state, {"backbone": variables["backbone"], "prototypes": stored}
 
 
 def _abstract(config, model, optimizer, mesh) -> tuple[Tree, Tree]:
-    """Shapes, types and places of a checkpoint's arrays."""
+    """Shapes, types and places of a checkpoint's arrays: `model`, and `optimizer`."""
     height, width = config.image_size
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
     network = {"params": {}, "batch_stats": {}}
     network |= jax.eval_shape(model.init, jax.random.key(0), image)
-    opt_state = jax.eval_shape(optimizer.init, network["params"])
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    everywhere = jax.sharding.NamedSharding(mesh, P())
-    place = functools.partial(
-        jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        network["params"],
+        network["batch_stats"],
+        jax.eval_shape(optimizer.init, network["params"]),
+        network if config.optimizer.average else None,
     )
-    return place(network), place({"step": step, "opt_state": opt_state})
+    everywhere = jax.sharding.NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        (network, state.to_resume),
+    )
 
 
 def _prefetch(mesh: Mesh, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[Tree]:

@@ -69,7 +69,7 @@ def run(config, data, batches, mesh, prototypes, dtype=np.float32):
     variables = train.create_variables(config, model)
     variables = meshes.replicate(mesh, jax.tree.map(lambda x: x.astype(dtype), variables))
     optimizer = train.create_optimizer(config, config.total_steps)
-    state = train.create_state(variables, optimizer, mesh)
+    state = train.create_state(config, variables, optimizer, mesh)
     frozen = meshes.replicate(mesh, {"prototypes": prototypes}) | {
         "backbone": variables["backbone"]
     }

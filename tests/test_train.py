@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +92,7 @@ def test_eight_devices_make_the_step_of_one(images):
         variables = meshes.replicate(mesh, variables)
         stored = train.fit_prototypes(config, model, variables, images, mesh)
         frozen = {"backbone": variables["backbone"], "prototypes": stored}
-        state = train.create_state(variables, optimizer, mesh)
+        state = train.create_state(config, variables, optimizer, mesh)
         step = train.make_train_step(config, model, optimizer, mesh)
         state, values = step(state, frozen, meshes.shard(mesh, batch))
         # With a rate of 1 the change of a parameter is its gradient.
@@ -134,6 +136,53 @@ def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, uninterrupted):
     resumed = run(small_config(), images, tmp_path / "a")
     assert_same(resumed.variables, uninterrupted.variables, rtol=0, atol=0)
     assert resumed.timing["train_steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_moving_average_of_the_weights_is_kept(images, tmp_path):
+    """Every step's weights, averaged in float64, are what a resumed run ends with."""
+    fields = {"optimizer.average": 0.3, "optimizer.clip": 0.5}
+    live = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, *_):
+        raise Stop
+
+    config = small_config(**fields, total_steps=4)
+    with pytest.raises(Stop):
+        run(small_config(**fields, eval_every=3), images, tmp_path, evaluate=stop)
+    resumed = run(config, images, tmp_path)
+    assert resumed.timing["train_steps"] == 2
+    mesh = meshes.create_mesh(jax.devices()[:1])
+    model, optimizer = resumed.model, train.create_optimizer(config, 4)
+    variables = meshes.replicate(mesh, train.create_variables(config, model))
+    stored = train.fit_prototypes(config, model, variables, images, mesh)
+    frozen = {"backbone": variables["backbone"], "prototypes": stored}
+    state = train.create_state(config, variables, optimizer, mesh)
+    step = train.make_train_step(config, model, optimizer, mesh)
+    expected = jax.tree.map(np.float64, jax.device_get(state.params))
+    for number, batch in enumerate(make_batches(config)(0, 4)):
+        state, _ = step(state, frozen, meshes.shard(mesh, batch))
+        live.append(jax.device_get(state.params))
+        decay = min(0.3, (1 + number) / (10 + number))
+        mix = functools.partial(np.average, axis=0, weights=[decay, 1 - decay])
+        expected = jax.tree.map(lambda *x, mix=mix: mix(np.stack(x)), expected, live[-1])
+    assert_same(resumed.variables["params"], expected, rtol=1e-5, atol=1e-6)
+    kept = jax.tree.leaves(resumed.variables["params"])
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(kept, jax.tree.leaves(live[-1])))
+
+
+@pytest.mark.parametrize(("clip", "norm"), [(0.5, 0.5), (100.0, 10.0), (0.0, 10.0)])
+def test_the_gradient_is_clipped_to_its_norm(clip, norm):
+    """AdamW's first moment is a tenth of the gradient that comes in."""
+    optimizer = train.create_optimizer(small_config(**{"optimizer.clip": clip}), 10)
+    params = {"kernel": jnp.zeros(4)}
+    state = optimizer.init(params)
+    _, state = optimizer.update({"kernel": jnp.full(4, 5.0)}, state, params)
+    moment = next(x for x in jax.tree.leaves(state) if x.shape == (4,))
+    assert np.linalg.norm(moment) == pytest.approx(0.1 * norm, rel=1e-5)
 
 
 @pytest.mark.slow
