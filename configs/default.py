@@ -167,6 +167,9 @@ def get_config() -> ConfigDict:
     config.synthesis.augment_seen = 0.5
     config.synthesis.augment_normal = 0.0
     config.synthesis.shift = 0.02
+    # Whether samples of every kind are flipped and turned by quarters, as far as the normal images
+    # show that the product has no pose (synthesis/pose.py). Beyond the paper.
+    config.synthesis.turns = False
 
     # --- scoring and evaluation ------------------------------------------------------------------
     # The score of an image is the mean of its highest pixels: this many at 256x256, in proportion

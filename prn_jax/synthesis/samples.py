@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 from ml_collections import ConfigDict
 
 from prn_jax.synthesis import augment
@@ -11,11 +12,13 @@ from prn_jax.synthesis.augment import Draws
 from prn_jax.synthesis.blending import blend, is_grey, to_grey
 from prn_jax.synthesis.extended import Extend
 from prn_jax.synthesis.foreground import foreground_points
+from prn_jax.synthesis.pose import free_turns, turn
 from prn_jax.synthesis.simulated import Simulate, roughness
 from prn_jax.synthesis.textures import load_textures
 
 KINDS = ("normal", "seen", "extended", "simulated")
 NORMAL, SEEN, EXTENDED, SIMULATED = range(4)
+_TURN = 0x7E2  # the draw of the turn is apart from what makes the sample
 
 
 class SampleMaker:
@@ -68,6 +71,9 @@ class SampleMaker:
             self._extend = Extend(seen, seen_mask, seen_defect, config.synthesis, grey)
         self._min_pixels = max(1, round(config.synthesis.min_area * size[0] * size[1]))
         self._roughness = tf.constant(roughness(normal))
+        self._turns = free_turns(normal) if config.synthesis.turns else []
+        if self._turns:
+            logging.info("samples lie in %d of 8 ways, as the normal images do", len(self._turns))
 
     def __call__(
         self, kind: tf.Tensor, index: tf.Tensor, slot: tf.Tensor
@@ -94,6 +100,12 @@ class SampleMaker:
             branches += [lambda: self._simulated(index, seed)] * 2
         branches.append(lambda: self._simulated(index, seed))
         image, mask = tf.switch_case(kind, branches)
+        if len(self._turns) > 1:
+            which = Draws(tf.random.experimental.stateless_fold_in(seed, _TURN)).integer(
+                len(self._turns)
+            )
+            image = turn(image, self._turns, which)
+            mask = turn(mask[..., None], self._turns, which)[..., 0]
         shape = self._normals.shape[1:]
         return tf.ensure_shape(image, shape), tf.ensure_shape(mask, shape[:2])
 
