@@ -57,6 +57,10 @@ def get_config() -> ConfigDict:
     # Lloyd iterations of k-means, at most; it stops when no assignment changes. Ours
     # (scikit-learn's, which PRNet uses, stops at 300).
     config.prototypes.iterations = 50
+    # Whether residuals are in multiples of what normal images have, channel by channel; as they
+    # are (PRNet), those of the deeper scales are some hundred times as small as the features.
+    # Beyond the paper.
+    config.prototypes.relative = False
 
     # Normal patches that are found anywhere, as inputs beside the prototypes. Beyond the paper.
     config.memory = ConfigDict()

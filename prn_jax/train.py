@@ -1,4 +1,4 @@
-"""Training: state, optimiser, the jitted step mapped over the mesh, prototypes, the loop.
+"""Training: state, optimiser, the jitted step mapped over the mesh, the loop.
 
 Nothing here imports TensorFlow: batches come in as NumPy arrays and metrics go out to a writer,
 whoever made them.
@@ -23,11 +23,10 @@ from prn_jax import losses, pretrained
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import Interrupted, UserError, shown
-from prn_jax.evaluate import predict
+from prn_jax.fitting import fit_prototypes
 from prn_jax.identity import Identity
-from prn_jax.models.memory import choose_patches
-from prn_jax.models.prn import PRN, SCALES, create_model
-from prn_jax.models.prototypes import k_means, num_prototypes
+from prn_jax.models.prn import PRN, create_model
+from prn_jax.models.prototypes import num_prototypes
 from prn_jax.progress import Progress, Termination
 
 Tree = Any
@@ -101,7 +100,7 @@ def create_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransforma
     return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
 
 
-# --- initial state and prototypes -----------------------------------------------------------------
+# --- initial state --------------------------------------------------------------------------------
 
 
 def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
@@ -149,62 +148,6 @@ def create_state(
 
 def _copy(tree: Tree) -> Tree:
     return jax.tree.map(jnp.copy, tree)
-
-
-def fit_prototypes(
-    config: ConfigDict, model: PRN, variables: Tree, images: np.ndarray, mesh: Mesh
-) -> dict[str, jax.Array]:
-    """Clusters the frozen feature maps of the normal images, each scale by itself.
-
-    Args:
-      config: see configs/default.py.
-      model: the network.
-      variables: the collections `backbone` and, for stage 4, `params`, on every device.
-      images: normal training images, uint8 [n, h, w, 3], the same on every process.
-      mesh: devices.
-
-    Returns:
-      The `prototypes` collection: `scale_i/maps`, [k, h, w, c] float32, on every device; with a
-      memory, `memory_i/patches`, [m, c].
-    """
-    extract = jax.jit(
-        jax.shard_map(
-            lambda variables, image: model.apply(variables, image, method="features"),
-            mesh=mesh,
-            in_specs=(P(), P("data")),
-            out_specs=P("data"),
-        )
-    )
-    size = -(-min(config.eval_batch_size, len(images)) // mesh.size) * mesh.size
-    batches = []
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        padded = np.concatenate([batch, np.zeros_like(images[:1]).repeat(size - len(batch), 0)])
-        maps = extract(variables, meshes.shard_same(mesh, padded))
-        batches.append([meshes.gather(x)[: len(batch)] for x in maps])
-    key = jax.random.key(config.seed)
-    result = {}
-    for scale in range(SCALES):
-        maps = np.concatenate([batch.pop(0) for batch in batches])
-        centres = k_means(
-            maps.reshape(len(maps), -1),
-            model.num_prototypes,
-            jax.random.fold_in(key, scale),
-            mesh,
-            config.prototypes.iterations,
-        )
-        result[f"scale_{scale}"] = {"maps": centres.reshape(-1, *maps.shape[1:])}
-        if model.num_patches and scale + 1 in model.memory_scales:
-            patches = choose_patches(maps, model.num_patches, config.seed)
-            result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
-    if not model.trained:
-        result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
-        maps, _ = predict(model, variables | {"prototypes": result}, images, mesh)
-        # With 1 for the reference the map is d / (d + 1).
-        highest = np.max(maps, axis=(1, 2)).astype(np.float64)
-        reference = np.mean(highest / (1.0 - highest))
-        result["patch_map"]["reference"] = meshes.replicate(mesh, np.float32(reference))
-    return result
 
 
 # --- the step -------------------------------------------------------------------------------------

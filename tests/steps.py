@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from configs import demo
-from prn_jax import evaluate, experiment, input_pipeline, metrics, train
+from prn_jax import evaluate, experiment, fitting, input_pipeline, metrics, train
 from prn_jax import mesh as meshes
 from prn_jax.models.prn import create_model
 from prn_jax.models.prototypes import num_prototypes
@@ -35,7 +35,7 @@ def fit_prototypes(config, data, mesh):
     """The `prototypes` collection, NumPy."""
     model = create_model(config, num_prototypes(len(data.train), config.prototypes.ratio))
     variables = meshes.replicate(mesh, train.create_variables(config, model))
-    return jax.device_get(train.fit_prototypes(config, model, variables, data.train.image, mesh))
+    return jax.device_get(fitting.fit_prototypes(config, model, variables, data.train.image, mesh))
 
 
 def make_batches(config, data):

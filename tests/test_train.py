@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import default
+from prn_jax import fitting, train
 from prn_jax import mesh as meshes
-from prn_jax import train
 from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import UserError
 from prn_jax.identity import Identity, as_dict
@@ -90,7 +90,7 @@ def test_eight_devices_make_the_step_of_one(images):
         variables = train.create_variables(config, model)
         before = variables["params"]
         variables = meshes.replicate(mesh, variables)
-        stored = train.fit_prototypes(config, model, variables, images, mesh)
+        stored = fitting.fit_prototypes(config, model, variables, images, mesh)
         frozen = {"backbone": variables["backbone"], "prototypes": stored}
         state = train.create_state(config, variables, optimizer, mesh)
         step = train.make_train_step(config, model, optimizer, mesh)
@@ -158,7 +158,7 @@ def test_a_moving_average_of_the_weights_is_kept(images, tmp_path):
     mesh = meshes.create_mesh(jax.devices()[:1])
     model, optimizer = resumed.model, train.create_optimizer(config, 4)
     variables = meshes.replicate(mesh, train.create_variables(config, model))
-    stored = train.fit_prototypes(config, model, variables, images, mesh)
+    stored = fitting.fit_prototypes(config, model, variables, images, mesh)
     frozen = {"backbone": variables["backbone"], "prototypes": stored}
     state = train.create_state(config, variables, optimizer, mesh)
     step = train.make_train_step(config, model, optimizer, mesh)

@@ -53,7 +53,7 @@ class PatchResidual(nn.Module):
     """One scale's memory: features -> squared difference from the nearest patch, anywhere.
 
     The variable `patches` of the collection `prototypes`, [m, c] float32, is filled by
-    `train.fit_prototypes`.
+    `fitting.fit_prototypes`.
 
     Attributes:
       num_patches: m.

@@ -12,7 +12,7 @@ from prn_jax.models.decoder import Decoder
 from prn_jax.models.fusion import MultiScaleFusion
 from prn_jax.models.layers import Dtype
 from prn_jax.models.memory import PatchMap, PatchResidual, window_residuals
-from prn_jax.models.prototypes import PrototypeResidual
+from prn_jax.models.prototypes import PrototypeResidual, Relative
 
 SCALES = 3  # stages 1 to 3, at strides 4, 8, 16, have prototypes
 
@@ -21,7 +21,8 @@ class PRN(nn.Module):
     """Prototypical residual network: uint8 images -> one anomaly logit per pixel.
 
     Variable collections: `params` (trained), `batch_stats` (the decoder's), `backbone` (frozen
-    stages), `prototypes` (`scale_i/maps`, [k, h, w, c], and `memory_i/patches`, [m, c], float32).
+    stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], and
+    `relative_i_j/mean`, [c], for residual j of scale i; float32).
 
     Attributes:
       backbone_name: a key of `BACKBONES`.
@@ -30,6 +31,7 @@ class PRN(nn.Module):
       attention_layers: N of Fig. 3.
       divisions: see `MultiSizeAttention`.
       use_prototypes: the residuals of whole maps are an input.
+      use_relative: residuals are in multiples of what normal images have.
       use_fusion: scales are fused; otherwise each goes its own way to the decoder.
       num_patches: m of each scale of `memory_scales`; 0: no memory of patches.
       memory_scales: scales with a memory, counted from 1.
@@ -44,6 +46,7 @@ class PRN(nn.Module):
     attention_layers: int = 3
     divisions: tuple[int, ...] = (1, 2, 4, 8)
     use_prototypes: bool = True
+    use_relative: bool = False
     use_fusion: bool = True
     num_patches: int = 0
     memory_scales: tuple[int, ...] = (1, 2, 3)
@@ -56,6 +59,7 @@ class PRN(nn.Module):
         self.scale = [PrototypeResidual(self.num_prototypes) for _ in range(SCALES)]
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
         self.patch_map = PatchMap()
+        self.relative = [[Relative() for _ in range(3)] for _ in range(SCALES)]
         self.join = [nn.Conv(x, (1, 1), dtype=self.dtype) for x in self._channels()]
         self.fuse_features = MultiScaleFusion(self.dtype)
         self.fuse_residuals = MultiScaleFusion(self.dtype)
@@ -76,6 +80,8 @@ class PRN(nn.Module):
             strides = tuple(scale + 1 for scale in self.memory_scales)
             return self.patch_map(tuple(found[x - 1][-1] for x in self.memory_scales), strides)
         maps = self._fuse(self.fuse_features, features)
+        if self.use_relative:
+            found = [[f(x) for f, x in zip(*both)] for both in zip(self.relative, found)]
         if found[0]:
             residuals = self._fuse(self.fuse_residuals, [self._join(*x) for x in enumerate(found)])
             maps = tuple(jnp.concatenate(pair, axis=-1) for pair in zip(maps, residuals))
@@ -114,6 +120,13 @@ class PRN(nn.Module):
         """The frozen feature maps at strides 4, 8, 16, float32: what prototypes are made of."""
         return tuple(x.astype(jnp.float32) for x in self._stages(image)[:SCALES])
 
+    def mean_residuals(
+        self, image: UInt8[Array, "b height width 3"]
+    ) -> list[list[Float[Array, "b c"]]]:
+        """Per scale, each residual's mean over an image's places, before `Relative`."""
+        found = [self._residuals(*x) for x in enumerate(self._stages(image)[:SCALES])]
+        return jax.tree.map(lambda x: jnp.mean(x, axis=(1, 2)), found)
+
     def _stages(self, image: Array) -> tuple[Array, ...]:
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
@@ -140,6 +153,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         attention_layers=config.attention.layers,
         divisions=tuple(config.attention.divisions),
         use_prototypes=config.prototypes.get("enabled", True),
+        use_relative=trained and config.prototypes.get("relative", False),
         use_fusion=config.get("fusion", {}).get("enabled", True),
         num_patches=memory.get("patches", 0),
         memory_scales=tuple(memory.get("scales", (1, 2, 3))),

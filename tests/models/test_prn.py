@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from configs import default
-from prn_jax import evaluate
+from prn_jax import evaluate, fitting
 from prn_jax import mesh as meshes
 from prn_jax.models.backbone import BACKBONES
-from prn_jax.models.prn import PRN, compute_dtype
+from prn_jax.models.prn import PRN, compute_dtype, create_model
+from prn_jax.models.prototypes import Relative, residuals
 
 
 def init(model, size):
@@ -90,3 +91,36 @@ def test_the_score_is_the_mean_of_the_highest_pixels(size, count):
     maps = np.random.default_rng(0).random((3, *size)).astype(np.float32)
     expected = np.sort(maps.reshape(3, -1), axis=1)[:, -count:].mean(axis=1)
     np.testing.assert_allclose(evaluate.image_score(jnp.asarray(maps), 100), expected, rtol=1e-6)
+
+
+def test_relative_residuals_are_in_multiples_of_normal_images_mean():
+    """The means are those of an ordinary run of the parts, in float64."""
+    config = default.get_config()
+    config.image_size = (64, 64)
+    config.eval_batch_size = 4
+    config.attention.layers = 0
+    config.prototypes.relative = True
+    config.memory.patches = 8
+    config.memory.scales = (2,)
+    images = jnp.asarray(draw(6, (64, 64)))
+    model = create_model(config, 2)
+    variables = init(model, (64, 64))
+    mesh = meshes.create_mesh(jax.devices()[:2])
+    placed = meshes.replicate(mesh, variables)
+    stored = fitting.fit_prototypes(config, model, placed, np.asarray(images), mesh)
+    stored = jax.tree.map(jnp.asarray, jax.device_get(stored))
+    for scale, maps in enumerate(model.apply(variables, images, method="features")):
+        whole = residuals(maps, stored[f"scale_{scale}"]["maps"])
+        expected = np.asarray(whole, np.float64).mean((0, 1, 2))
+        mean = stored[f"relative_{scale}_0"]["mean"]
+        np.testing.assert_allclose(mean, expected, rtol=1e-3, atol=1e-6 * expected.max())
+        found = Relative().apply({"prototypes": {"mean": mean}}, whole)
+        assert 0.5 < np.mean(found) < 1.0
+    assert {x for x in stored if x.startswith("relative")} == {
+        "relative_0_0", "relative_1_0", "relative_1_1", "relative_2_0",
+    }  # fmt: skip
+    logits = model.apply(variables | {"prototypes": stored}, images)
+    assert np.isfinite(logits).all()
+    scaled = jax.tree.map(lambda x: x, stored)
+    scaled["relative_1_1"] = {"mean": 2 * stored["relative_1_1"]["mean"]}
+    assert np.abs(model.apply(variables | {"prototypes": scaled}, images) - logits).max() > 0
