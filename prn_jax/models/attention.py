@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from prn_jax.models.layers import Dtype
+from prn_jax.models.layers import Dtype, conv1x1
 
 
 class MultiSizeAttention(nn.Module):
@@ -34,10 +34,11 @@ class MultiSizeAttention(nn.Module):
         # A single patch attends to itself with weight 1 whatever its query and key are: it gets
         # neither, instead of parameters without a gradient.
         paired = [0 if d == 1 else share for d, share in zip(self.divisions, shares)]
-        projected = nn.Conv(channels + 2 * sum(paired), (1, 1), dtype=self.dtype, name="qkv")(x)
-        values = _split(projected[..., :channels], shares)
-        queries = _split(projected[..., channels : channels + sum(paired)], paired)
-        keys = _split(projected[..., channels + sum(paired) :], paired)
+        projected = conv1x1(channels + 2 * sum(paired), self.dtype, "qkv")(x)
+        # A split is differentiated as one concatenation, slices as a sum of padded parts.
+        parts = jax.lax.split(projected, (*shares, *paired, *paired), axis=-1)
+        count = len(shares)
+        values, queries, keys = parts[:count], parts[count : 2 * count], parts[2 * count :]
         heads = [
             v if d == 1 else attend(q, k, v, d)
             for d, q, k, v in zip(self.divisions, queries, keys, values)
@@ -90,8 +91,3 @@ def _from_patches(x: Array, patch: tuple[int, int], shape: tuple) -> Array:
 
 def _shares(channels: int, groups: int) -> list[int]:
     return [channels // groups + (i < channels % groups) for i in range(groups)]
-
-
-def _split(x: Array, shares: list[int]) -> list[Array]:
-    ends = [sum(shares[: i + 1]) for i in range(len(shares))]
-    return [x[..., end - share : end] for share, end in zip(shares, ends)]

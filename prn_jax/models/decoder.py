@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from prn_jax.models.layers import ConvNormReLU, Dtype, upsample
+from prn_jax.models.layers import ConvNormReLU, Dtype, conv1x1, upsample
 
 
 class Decoder(nn.Module):
@@ -42,11 +42,11 @@ class Decoder(nn.Module):
         """
         x = deepest
         for width, skip in zip(reversed(self.channels), reversed(fused)):
-            x = upsample(nn.Conv(width, (1, 1), dtype=self.dtype)(x))
+            x = upsample(conv1x1(width, self.dtype)(x))
             x = jnp.concatenate([x, skip.astype(x.dtype)], axis=-1)
             x = ConvNormReLU(width, self.dtype)(x, train)
             x = ConvNormReLU(width, self.dtype)(x, train)
         for width in (self.channels[0] // 2, self.channels[0] // 4):
-            x = upsample(nn.Conv(width, (1, 1), dtype=self.dtype)(x))
+            x = upsample(conv1x1(width, self.dtype)(x))
             x = ConvNormReLU(width, self.dtype)(x, train)
         return nn.Conv(1, (3, 3), dtype=jnp.float32, name="logit")(x)[..., 0]

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from prn_jax.models.layers import Dtype, upsample
+from prn_jax.models.layers import Dtype, conv1x1, upsample
 
 
 class MultiScaleFusion(nn.Module):
@@ -38,7 +38,7 @@ class MultiScaleFusion(nn.Module):
         if source == target:
             return x
         if source > target:
-            x = nn.Conv(channels, (1, 1), dtype=self.dtype, name=name)(x)
+            x = conv1x1(channels, self.dtype, name)(x)
             return upsample(x, source - target)
         for halving in range(1, target - source + 1):
             width = channels if halving == target - source else x.shape[-1]

@@ -36,6 +36,16 @@ class ConvNormReLU(nn.Module):
         return nn.relu(x)
 
 
+def _matmul(x: Array, kernel: Array, *_, precision: Any = None, **__) -> Array:
+    """A 1x1 conv as the matrix product that it is: XLA differentiates that five times as fast."""
+    return jnp.matmul(x, kernel[0, 0], precision=precision)
+
+
+def conv1x1(features: int, dtype: Dtype, name: str | None = None) -> nn.Conv:
+    """A conv of one place, with bias."""
+    return nn.Conv(features, (1, 1), dtype=dtype, conv_general_dilated=_matmul, name=name)
+
+
 def upsample(x: Float[Array, "b h w c"], doublings: int = 1) -> Float[Array, "b h2 w2 c"]:
     """Bilinear upsampling by two, `doublings` times, with half-pixel centres.
 

@@ -10,7 +10,7 @@ from prn_jax.models.attention import MultiSizeAttention
 from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.decoder import Decoder
 from prn_jax.models.fusion import MultiScaleFusion
-from prn_jax.models.layers import Dtype
+from prn_jax.models.layers import Dtype, conv1x1
 from prn_jax.models.memory import PatchMap, PatchResidual, window_residuals
 from prn_jax.models.prototypes import PrototypeResidual, Relative
 
@@ -60,7 +60,7 @@ class PRN(nn.Module):
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
         self.patch_map = PatchMap()
         self.relative = [[Relative() for _ in range(3)] for _ in range(SCALES)]
-        self.join = [nn.Conv(x, (1, 1), dtype=self.dtype) for x in self._channels()]
+        self.join = [conv1x1(x, self.dtype) for x in self._channels()]
         self.fuse_features = MultiScaleFusion(self.dtype)
         self.fuse_residuals = MultiScaleFusion(self.dtype)
         self.attention = [
