@@ -85,6 +85,11 @@ def get_config() -> ConfigDict:
     # Fig. 3 draws several sizes; PRNet's are H, H/2, H/4, H/8.
     config.attention.divisions = (1, 2, 4, 8)
 
+    config.decoder = ConfigDict()
+    # Whether the decoder sees the backbone's first map too, at stride 2, for sharper borders.
+    # MemSeg, PRN's ancestor, does; Fig. 3 shows nothing finer than stride 4.
+    config.decoder.stem = False
+
     # --- the loss (PRNet and DiffusionAD agree) ------------------------------------------------
     config.loss = ConfigDict()
     config.loss.focal_weight = 5.0
