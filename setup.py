@@ -19,6 +19,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["prn_jax", "prn_jax.*"]),
     package_data={"prn_jax": ["report.html"]},
+    entry_points={"console_scripts": ["prn-jax = prn_jax.cli:main"]},
     python_requires=">=3.11",
     # Lower bounds are the versions that the tests ran with.
     install_requires=[

@@ -5,7 +5,7 @@ python launch/main.py --config=configs/folder.py --config.data.manual_dir=/path/
 
 from ml_collections import ConfigDict
 
-from configs import default
+from prn_jax.configs import default
 
 
 def get_config() -> ConfigDict:

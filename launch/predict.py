@@ -1,65 +1,11 @@
-"""Says of new images whether they are anomalous, and where.
-
-    python launch/predict.py --checkpoint=runs/mvtec/bottle --output=predictions IMAGES...
-
-IMAGES are files, folders (searched recursively) or patterns in quotes. `--output` receives
-predictions.csv and predictions.json, and per image a heat map and an overlay at its own size. Rows
-are written as they come; the same command goes on with what is missing. A file that cannot be read
-is reported, skipped, and makes the exit status 1.
-"""
+"""The same as `prn-jax predict`, from a source tree; see prn_jax/programs/predict.py."""
 
 import pathlib
 import sys
-import time
-
-from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from prn_jax import program  # noqa: E402
-
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "<workdir>/<category> of a training.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
-OUTPUT = flags.DEFINE_string("output", "predictions", "Folder of what is written.")
-THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "Score from which an image is anomalous; default: the checkpoint's."
-)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time.", lower_bound=1)
-PICTURES = flags.DEFINE_bool("pictures", True, "Write heat maps and overlays.")
-flags.mark_flags_as_required(["checkpoint"])
-
-
-def main(patterns: list[str]) -> None:
-    """Predicts, and says what was found."""
-    from absl import logging
-
-    from prn_jax import mesh, predict, predictions, thresholds
-
-    names = predictions.find(patterns)
-    output = predictions.prepare(OUTPUT.value)
-    mesh.cache_compilations()
-    detector = predict.load(CHECKPOINT.value, STEP.value)
-    threshold = THRESHOLD.value
-    if threshold is None and detector.thresholds:
-        threshold = detector.thresholds["image"]
-        logging.info("threshold %.4f: %s", threshold, thresholds.describe(detector.thresholds))
-    elif threshold is None:
-        logging.warning("the checkpoint has no threshold: no verdicts; give --threshold")
-    began = time.monotonic()
-    rows = predictions.predict_files(
-        detector,
-        names,
-        output,
-        threshold=threshold,
-        batch_size=BATCH_SIZE.value,
-        with_pictures=PICTURES.value,
-    )
-    print(predictions.summary(rows, time.monotonic() - began, output), flush=True)
-    if any(row["error"] for row in rows):
-        sys.exit(1)
-
+from prn_jax.programs import predict  # noqa: E402
 
 if __name__ == "__main__":
-    program.run(
-        main, positional=True, afterwards="the same command goes on with the images that are left"
-    )
+    predict.run()

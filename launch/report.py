@@ -1,34 +1,11 @@
-"""Writes one page that shows a training's or a study's results: tables, curves, every test image.
-
-    python launch/report.py --workdir=runs/mvtec
-
-The page needs no network and no other file.
-"""
+"""The same as `prn-jax report`, from a source tree; see prn_jax/programs/report.py."""
 
 import pathlib
 import sys
 
-from absl import flags
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from prn_jax import program  # noqa: E402
-
-WORKDIR = flags.DEFINE_string("workdir", None, "The training's or the study's.")
-OUTPUT = flags.DEFINE_string("output", "", "Default: <workdir>/report.html.")
-flags.mark_flags_as_required(["workdir"])
-
-
-def main() -> None:
-    """Writes the report."""
-    from etils import epath
-
-    from prn_jax import report
-
-    path = epath.Path(OUTPUT.value or f"{WORKDIR.value}/report.html").expanduser()
-    report.write_report(WORKDIR.value, path, progress=sys.stderr.isatty())
-    print(path, flush=True)
-
+from prn_jax.programs import report  # noqa: E402
 
 if __name__ == "__main__":
-    program.run(main)
+    report.run()

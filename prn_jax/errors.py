@@ -6,7 +6,7 @@ import os
 class UserError(Exception):
     """A wrong path, field or file.
 
-    The message is one line that names the thing and the mend. Programs in `launch/` print it
+    The message is one line that names the thing and the mend. Programs print it
     without a traceback and exit with status 1.
     """
 
@@ -14,7 +14,7 @@ class UserError(Exception):
 class Interrupted(Exception):
     """The program was asked to stop (SIGTERM) and what it had is saved.
 
-    Programs in `launch/` print the message and exit with status 143 (128 + SIGTERM), as job
+    Programs print the message and exit with status 143 (128 + SIGTERM), as job
     systems expect of what did not come to its end.
     """
 

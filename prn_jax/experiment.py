@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prn_jax import evaluate, pretrained, results, thresholds
+from prn_jax import evaluate, pretrained, results, thresholds, trained_on
 from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints, check_name
@@ -249,6 +249,9 @@ def _run_category(
         data.white_level,
         as_dict(config),
     )
+    if meshes.is_main():
+        for images in (data.train, data.seen):
+            trained_on.remember(checkpoints.folder, images.image, images.id)
     try:
         trained = training.train(
             config,

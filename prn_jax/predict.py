@@ -25,6 +25,7 @@ from prn_jax import evaluate
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import UserError, shown
+from prn_jax.identity import Identity
 from prn_jax.images import read_array, resize, to_uint8, upright
 from prn_jax.models.prn import PRN, create_model
 
@@ -45,6 +46,8 @@ class Detector:
       mesh: devices.
       white_level: the grey level that is white in images of more than 8 bits; 0: the full range.
       digest: tells this training, and this step of it, from others.
+      identity: what it is made of.
+      folder: of its checkpoints.
     """
 
     model: PRN
@@ -55,6 +58,8 @@ class Detector:
     mesh: Mesh
     white_level: int = 0
     digest: str = ""
+    identity: Identity | None = None
+    folder: epath.Path | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -156,8 +161,9 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
     model = create_model(config, scale.shape[0])
     digest = hashlib.sha256(json.dumps([identity.as_json(), step], sort_keys=True).encode())
     return Detector(
-        model, variables, config, step, thresholds, mesh, identity.white_level, digest.hexdigest()
-    )
+        model, variables, config, step, thresholds, mesh, identity.white_level, digest.hexdigest(),
+        identity, folder,
+    )  # fmt: skip
 
 
 def fit(image: ImageLike, size: tuple[int, int], white: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What every program in `launch/` shares: flags, log lines, errors of one line, exit statuses."""
+"""What every program shares: flags, help, log lines, errors of one line, exit statuses."""
 
 import contextlib
 import logging as python_logging
@@ -7,6 +7,7 @@ import pathlib
 import re
 import signal
 import sys
+import types
 import warnings
 from collections.abc import Callable
 
@@ -16,9 +17,9 @@ from ml_collections.config_flags.tuple_parser import TupleParser
 
 from prn_jax.errors import Interrupted, UserError, shown
 
-# This package and the programs beside it, but not what is installed beside it.
 _PACKAGE = pathlib.Path(__file__).resolve().parent
-_OURS = (_PACKAGE, _PACKAGE.parent / "launch")
+_CONFIGS = _PACKAGE / "configs"
+flags.disclaim_key_flags()  # what is defined here belongs to the program that asks for it
 
 
 class _Tuple(flags.ArgumentParser):
@@ -32,6 +33,51 @@ class _Tuple(flags.ArgumentParser):
 
 
 config_flags.register_flag_parser_for_type(tuple, _Tuple())
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """Defines `--config`, a file or the name of one in the package, and its fields' overrides.
+
+    Args:
+      default: a name; None: the flag is to be marked as required.
+    """
+    return config_flags.DEFINE_config_file(
+        "config",
+        _config_file(default) if default else None,
+        f"A file, or one of {', '.join(config_names())}. Its fields, which "
+        f"{_CONFIGS / 'default.py'} explains, are overridden as --config.batch_size=16.",
+    )
+
+
+def config_names() -> list[str]:
+    """The configurations that the package brings, by their files' names."""
+    files = sorted(_CONFIGS.glob("*.py"))
+    return [path.stem for path in files if "def get_config(" in path.read_text("utf-8")]
+
+
+def _config_file(name: str) -> str:
+    """The file of a configuration that the package brings; anything but a bare name is one."""
+    if not re.fullmatch(r"[\w-]+", name):
+        return name
+    if name not in config_names():
+        fail(f"--config={name}: there are {', '.join(config_names())}; or give a file, {name}.py")
+    return str(_CONFIGS / f"{name}.py")
+
+
+def _with_config_file(arguments: list[str]) -> list[str]:
+    """The arguments, the configuration's name among them replaced by its file."""
+    named = list(arguments)
+    for number, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if argument == "--":
+            break
+        if flag not in ("--config", "-config"):
+            continue
+        if equals:
+            named[number] = f"--config={_config_file(value)}"
+        elif number + 1 < len(arguments):
+            named[number + 1] = _config_file(arguments[number + 1])
+    return named
 
 
 def run(main: Callable[..., None], positional: bool = False, afterwards: str = "") -> None:
@@ -51,10 +97,27 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if _wants_help(sys.argv[1:]):
+        print(_help(sys.modules[main.__module__]))
+        sys.exit()
+    sys.argv = _with_config_file(sys.argv)
     app.run(
         lambda rest: _guarded(lambda: main(rest[1:]) if positional else main(), afterwards),
         flags_parser=lambda argv: _parse(argv, positional),
     )
+
+
+def _wants_help(arguments: list[str]) -> bool:
+    flags_given = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return any(x in ("--help", "-help", "-h", "-?") for x in flags_given)
+
+
+def _help(program: types.ModuleType) -> str:
+    """What a program is for, and each of its flags."""
+    name = sys.argv[0] if program.__name__ == "__main__" else program.__name__
+    described = flags.FLAGS.module_help(name).split("\n", 1)[1]
+    heading = "Flags (--helpfull: those of absl, and every field):"
+    return f"{program.__doc__.rstrip()}\n\n{heading}\n\n{described}"
 
 
 def _guarded(main: Callable[[], None], afterwards: str) -> None:
@@ -134,7 +197,7 @@ def _ours(record: python_logging.LogRecord) -> bool:
         return False
     if record.levelno >= python_logging.WARNING:
         return True
-    return any(pathlib.Path(record.pathname).is_relative_to(folder) for folder in _OURS)
+    return pathlib.Path(record.pathname).resolve().is_relative_to(_PACKAGE)
 
 
 def _report_unraisable(unraisable) -> None:

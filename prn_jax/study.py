@@ -23,7 +23,8 @@ from prn_jax import experiment, pretrained, results
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import lock
 
-_MAIN = pathlib.Path(__file__).resolve().parent.parent / "launch" / "main.py"
+# Where the runs import this package from, be it installed or not.
+_ROOT = str(pathlib.Path(__file__).resolve().parent.parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def plan(
             own.seed, own.split_seed, own.category = seed, changed.split_seed + seed, category
             folder = root / f"{folder_name(variation)}seed_{seed}"
             fields = varied | {"seed": seed, "split_seed": own.split_seed, "category": category}
-            command = [sys.executable, str(_MAIN), *overrides, f"--workdir={folder}"]
+            command = [sys.executable, "-m", "prn_jax", "train", *overrides, f"--workdir={folder}"]
             command += [f"--config.{name}={value}" for name, value in fields.items()]
             runs.append(StudyRun(category, seed, own, folder, command, variation))
     return runs
@@ -232,13 +233,14 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
 def _start(run: StudyRun, slot: int, parallel: int) -> subprocess.Popen:
     log = pathlib.Path(run.workdir) / f"{run.category}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    path = filter(None, (_ROOT, os.environ.get("PYTHONPATH")))
     with log.open("a") as output:
         return subprocess.Popen(
             run.command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | _devices(slot, parallel),
+            env=os.environ | _devices(slot, parallel) | {"PYTHONPATH": os.pathsep.join(path)},
             preexec_fn=_die_with_parent,
             close_fds=False,  # the lock stays held while a run is still saving
         )

@@ -42,7 +42,7 @@ def test_each_run_has_its_seed_split_and_folder(tmp_path):
     assert [run.config.split_seed for run in runs] == [42, 42, 44, 44]
     last = runs[-1]
     assert last.folder == last.workdir / "metal_nut"
-    assert last.command[1].endswith("launch/main.py")
+    assert last.command[1:4] == ["-m", "prn_jax", "train"]
     for part in ("--config=configs/mvtec.py", f"--workdir={tmp_path}/seed_2", "--config.seed=2",
                  "--config.split_seed=44", "--config.category=metal_nut"):  # fmt: skip
         assert part in last.command

@@ -29,7 +29,7 @@ from absl import logging
 from etils import epath
 
 from prn_jax import images
-from prn_jax.datasets.layout import GOOD, Example
+from prn_jax.datasets.layout import GOOD, Example, read_mask
 from prn_jax.errors import UserError, is_plain, shown
 
 _TAIL = 4096  # bytes
@@ -341,23 +341,10 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 self._report["several images in a file, the first is read"].append(example.image)
             if picture.levels.dtype != np.uint8 and picture.levels.max(initial=0) > self._white:
                 self._report[f"levels above {self._white}, clipped"].append(example.image)
-            if example.mask is None:
-                mask = np.zeros(size, np.uint8)
-            else:
-                mask = images.read_mask(example.mask)
-                if mask.shape != size:
-                    raise UserError(
-                        f"{shown(example.image)} is {size[1]}x{size[0]} pixels but its mask "
-                        f"{shown(example.mask)} {mask.shape[1]}x{mask.shape[0]}; make them equal"
-                    )
+            mask = read_mask(example, size)
             defect = example.defect
             if defect is None:
                 defect = "defect" if mask.any() else GOOD
-            elif defect == GOOD and mask.any():
-                raise UserError(
-                    f"{shown(example.image)} is a normal image but its mask {shown(example.mask)} "
-                    "is not empty; move the image or remove the mask"
-                )
             elif defect != GOOD and example.mask is not None and not mask.any():
                 self._report["empty masks of defective images"].append(example.mask)
             if mask.mean() > 255 * _INVERTED:

@@ -6,6 +6,8 @@ import pathlib
 import re
 from collections.abc import Iterable
 
+import numpy as np
+
 from prn_jax import images
 from prn_jax.errors import UserError, shown
 
@@ -175,6 +177,32 @@ def scan_folders(
             id_ = f"test/{shown(name)}/{stem}"
             examples.append(Example(id_, "test", defect, path, paired.get(stem)))
     return examples
+
+
+def read_mask(example: Example, size: tuple[int, int]) -> np.ndarray:
+    """Reads an example's mask, uint8 [h, w] in {0, 255}; all 0 where it has none.
+
+    Args:
+      example: one image.
+      size: (height, width) of the image.
+
+    Raises:
+      UserError: the mask is of another size, or that of a normal image is not empty.
+    """
+    if example.mask is None:
+        return np.zeros(size, np.uint8)
+    mask = images.read_mask(example.mask)
+    if mask.shape != size:
+        raise UserError(
+            f"{shown(example.image)} is {size[1]}x{size[0]} pixels but its mask "
+            f"{shown(example.mask)} {mask.shape[1]}x{mask.shape[0]}; make them equal"
+        )
+    if example.defect == GOOD and mask.any():
+        raise UserError(
+            f"{shown(example.image)} is a normal image but its mask {shown(example.mask)} "
+            "is not empty; move the image or remove the mask"
+        )
+    return mask
 
 
 def is_normal(name: str) -> bool:

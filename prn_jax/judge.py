@@ -1,0 +1,262 @@
+"""A trained network judged on other images: another day's, another split, another line's."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from prn_jax import evaluate, images, pictures, results, thresholds, trained_on
+from prn_jax.datasets import layout
+from prn_jax.errors import UserError, shown
+from prn_jax.identity import as_dict
+from prn_jax.input_pipeline import Images, read_split
+from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
+from prn_jax.predict import Detector
+
+Evaluation = dict[str, Any]
+
+
+# --- which images ---------------------------------------------------------------------------------
+
+
+def read_folder(folder: pathlib.Path, detector: Detector) -> Images:
+    """Reads a product's folder as prediction reads images.
+
+    Args:
+      folder: `test/good`, `test/<defect>` and `ground_truth/<defect>`, as in docs/datasets.md;
+        `train/good`, where there is one, is read too.
+      detector: whose image size and white level count.
+
+    Raises:
+      UserError: there are no images, or one or its mask is wrong.
+    """
+    stray: list[pathlib.Path] = []
+    examples = layout.scan_folders(
+        folder, stray, normal=layout.GOOD, suffixes=("_mask", ""), needs_masks=False
+    )
+    if not examples:
+        raise UserError(
+            f"--images={shown(folder)}: no images in test/good or test/<defect> there; put them "
+            "as docs/datasets.md shows"
+        )
+    if stray:
+        logging.warning("skipped %s", images.describe(stray))
+    examples.sort(key=lambda x: x.id)
+    size = detector.image_size
+    pixels, masks, known = [], [], []
+    for example in examples:
+        image = images.read_array(example.image, detector.white_level)
+        mask = layout.read_mask(example, image.shape[:2])
+        pixels.append(images.resize(image, size))
+        masks.append(images.resize_mask(mask, size))
+        known.append(example.defect == layout.GOOD or bool(mask.any()))
+    return Images(
+        np.stack(pixels),
+        np.stack(masks),
+        [x.defect for x in examples],
+        [x.id for x in examples],
+        np.array(known, bool),
+    )
+
+
+def read_own(detector: Detector, split: str, manual_dir: str | None) -> Images:
+    """Reads a split of the data set that the network was trained on.
+
+    Args:
+      detector: from `predict.load`.
+      split: train or test.
+      manual_dir: where its raw files are now; None: where they were.
+
+    Raises:
+      UserError: the data is not there, is wrong, or has no such split.
+    """
+    from prn_jax import datasets
+
+    data = detector.config.data
+    builder = datasets.prepare(
+        data.name,
+        detector.config.category,
+        manual_dir=data.manual_dir if manual_dir is None else manual_dir,
+        data_dir=data.data_dir,
+    )
+    found = read_split(builder, split, detector.image_size)
+    if not len(found):
+        raise UserError(f"--split={split}: {data.name} {detector.config.category} has none")
+    return found
+
+
+def leave_out_trained(found: Images, detector: Detector) -> Images:
+    """What the network was not trained on; says what it leaves out.
+
+    Raises:
+      UserError: nothing is left.
+    """
+    known, seen = trained_on.recall(detector.folder), detector.identity.seen
+    if known is None:
+        logging.warning(
+            "the training kept no record of its images: those in train/ and those named as its "
+            "seen anomalies are left out; a copy under another name is not noticed"
+        )
+        trained = [x in seen or x.startswith("train/") for x in found.id]
+    else:
+        trained = [trained_on.digest(image) in known for image in found.image]
+    left_out = [x for x, out in zip(found.id, trained) if out]
+    if left_out:
+        logging.warning(
+            "%d of %d images were trained on and are left out: %s%s",
+            len(left_out), len(found), ", ".join(left_out[:5]), ", ..." * (len(left_out) > 5),
+        )  # fmt: skip
+    if len(left_out) == len(found):
+        raise UserError("all these images were trained on: give others to judge the network on")
+    return found.select(~np.array(trained, bool))
+
+
+# --- the judgement --------------------------------------------------------------------------------
+
+
+def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Evaluation, Callable]:
+    """Metrics, and what the stored thresholds and thresholds chosen on these images do.
+
+    Args:
+      detector: from `predict.load`.
+      found: images that it was not trained on.
+      progress: show a bar.
+
+    Returns:
+      `metrics` as in a training's results; `thresholds` by name (`stored`, `measured`): the figures
+      of `at_thresholds`; `images`: id, defect and score of each. And what draws its sheet.
+    """
+    maps, scores = evaluate.predict(
+        detector.model,
+        detector.variables,
+        found.image,
+        detector.mesh,
+        batch_size=detector.config.eval_batch_size,
+        score_pixels=detector.config.score_pixels,
+        progress=progress,
+    )
+    known, label = found.has_mask, found.label
+    metrics = evaluate_rankings(
+        rank_images(scores, label), rank_pixels(maps[known], found.mask[known])
+    )
+    chosen = {"stored": detector.thresholds}
+    if (label == 0).any():  # Without normal images nothing but those that were trained on is left.
+        chosen["measured"] = thresholds.choose(
+            scores, label, maps, found.mask, trained_on=lambda: (maps, scores), known=known
+        )
+    evaluation = {
+        "category": detector.config.category,
+        "step": detector.step,
+        "metrics": metrics,
+        "thresholds": {
+            name: at_thresholds(x["image"], x["pixel"], found, maps, scores)
+            for name, x in chosen.items()
+            if x
+        },
+        "images": [
+            {"id": id_, "defect": defect, "score": float(score)}
+            for id_, defect, score in zip(found.id, found.defect, scores)
+        ],
+        "config": as_dict(detector.config),
+        "provenance": results.provenance(),
+    }
+
+    def sheet():
+        return pictures.results_sheet(
+            found.image, found.mask, maps, scores, label, found.defect, found.id
+        )
+
+    return evaluation, sheet
+
+
+def at_thresholds(
+    image: float, pixel: float, found: Images, maps: np.ndarray, scores: np.ndarray
+) -> dict[str, Any]:
+    """What a pair of thresholds does.
+
+    Args:
+      image: score from which an image is called anomalous.
+      pixel: value from which a pixel is.
+      found: the images, [n].
+      maps: [n, h, w].
+      scores: [n].
+
+    Returns:
+      `image` and `pixel` themselves; `recall`, the share of the anomalous images that are called
+      so, over all and by defect in `recalls`; `false_alarms`, that of the normal ones; `precision`;
+      and `pixel_f1`. In [0, 1]; None where there is nothing to divide by.
+    """
+    called, label = scores >= image, found.label == 1
+    defects = np.array(found.defect)
+    marked, called_pixels = found.mask[found.has_mask] > 0, maps[found.has_mask] >= pixel
+    hits = 2 * int((marked & called_pixels).sum())
+    return {
+        "image": float(image),
+        "pixel": float(pixel),
+        "recall": _share(called[label]),
+        "recalls": {str(x): _share(called[defects == x]) for x in sorted(set(defects[label]))},
+        "false_alarms": _share(called[~label]),
+        "precision": _share(label[called]),
+        "pixel_f1": hits / total if (total := int(marked.sum() + called_pixels.sum())) else None,
+    }
+
+
+def _share(chosen: np.ndarray) -> float | None:
+    return float(chosen.mean()) if len(chosen) else None
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def write(output: epath.PathLike, evaluation: Evaluation, sheet: Callable) -> epath.Path:
+    """Writes `evaluation.json`, `evaluation.md` and `evaluation.png`; returns the second."""
+    output = epath.Path(output).expanduser()
+    text = json.dumps(evaluation, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    results.write_file(output / "evaluation.json", text)
+    pictures.save_png(output / "evaluation.png", sheet())
+    results.write_file(output / "evaluation.md", render(evaluation))
+    return output / "evaluation.md"
+
+
+def render(evaluation: Evaluation) -> str:
+    """The evaluation as a page of Markdown tables, in percent."""
+    scores = evaluation["images"]
+    normal = sum(x["defect"] == layout.GOOD for x in scores)
+    lines = [
+        f"# {evaluation['category']}: {len(scores)} other images",
+        "",
+        f"{normal} normal, {len(scores) - normal} anomalous; the checkpoint of step "
+        f"{evaluation['step']}. In percent.",
+        "",
+        *_table(list(results.COLUMNS.values()), [
+            [results.percent(evaluation["metrics"][x]) for x in results.COLUMNS]
+        ]),
+        "",
+    ]  # fmt: skip
+    found = evaluation["thresholds"]
+    heads = ["thresholds", "image", "pixel", "recall", "false alarms", "precision", "pixel F1"]
+    shares = ("recall", "false_alarms", "precision", "pixel_f1")
+    lines += _table(heads, [
+        [name, f"{x['image']:.4f}", f"{x['pixel']:.4f}", *(results.percent(x[y]) for y in shares)]
+        for name, x in found.items()
+    ])  # fmt: skip
+    defects = sorted({x["defect"] for x in scores} - {layout.GOOD})
+    if defects:
+        lines += ["", *_table(["recall of", "images", *found], [
+            [x.replace("|", "\\|"), str(sum(row["defect"] == x for row in scores)),
+             *(results.percent(y["recalls"][x]) for y in found.values())]
+            for x in defects
+        ])]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """A table of Markdown, its columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in (heads, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    return [lines[0], f"| {' | '.join('-' * width for width in widths)} |", *lines[1:]]

@@ -1,0 +1,32 @@
+"""Writes one page that shows a training's or a study's results: tables, curves, every test image.
+
+    prn-jax report --workdir=runs/mvtec
+
+The page needs no network and no other file.
+"""
+
+import sys
+
+from absl import flags
+
+from prn_jax import program
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The training's or the study's.")
+OUTPUT = flags.DEFINE_string("output", "", "Default: <workdir>/report.html.")
+flags.mark_flags_as_required(["workdir"])
+
+
+def main() -> None:
+    """Writes the report."""
+    from etils import epath
+
+    from prn_jax import report
+
+    path = epath.Path(OUTPUT.value or f"{WORKDIR.value}/report.html").expanduser()
+    report.write_report(WORKDIR.value, path, progress=sys.stderr.isatty())
+    print(path, flush=True)
+
+
+def run() -> None:
+    """Parses the command line and runs."""
+    program.run(main)

@@ -1,0 +1,44 @@
+"""Which images a network was trained on: their digests, beside its checkpoints.
+
+By its pixels an image is known again in another folder and under another name.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from prn_jax import results
+from prn_jax.errors import UserError, shown
+
+_FILE = "trained_on.json"
+
+
+def digest(image: np.ndarray) -> str:
+    """Tells an image, uint8 [h, w, 3] at the network's size, from others."""
+    return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+
+
+def remember(folder: epath.PathLike, images: np.ndarray, ids: Sequence[str]) -> None:
+    """Adds images, uint8 [n, h, w, 3], and their names to those of the folder of checkpoints."""
+    found = {digest(image): id_ for image, id_ in zip(images, ids)}
+    stored = json.dumps((recall(folder) or {}) | found, indent=0, sort_keys=True)
+    results.write_file(epath.Path(folder) / _FILE, stored + "\n")
+
+
+def recall(folder: epath.PathLike) -> dict[str, str] | None:
+    """Names by digest; None of a training by an earlier version, which kept none.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = epath.Path(folder) / _FILE
+    try:
+        stored = json.loads(path.read_text())
+        return dict(stored.items())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{shown(path)} is damaged: copy it from the training's folder") from error
