@@ -37,6 +37,10 @@ def get_config() -> ConfigDict:
     config.data.manual_dir = "~/data/mvtec_ad"
     # Where the TFRecords go, local or gs://. TFDS's own default.
     config.data.data_dir = "~/tensorflow_datasets"
+    # Share of the normal training images, drawn by split_seed, that are kept out of training and
+    # prototypes: their scores say how many false alarms a threshold gives. 0: none, as in the
+    # paper.
+    config.data.holdout = 0.0
 
     # --- the network (paper, Fig. 3) -----------------------------------------------------------
     config.backbone = ConfigDict()
@@ -167,6 +171,10 @@ def get_config() -> ConfigDict:
     # The score of an image is the mean of its highest pixels: this many at 256x256, in proportion
     # to the area at other sizes. PRNet: 100; DiffusionAD: 50.
     config.score_pixels = 100
+    # Shares of new normal images, in (0, 1), that may be called anomalous: results and report show
+    # the threshold that keeps each, and its recall, where normal images were held out. Ours.
+    config.thresholds = ConfigDict()
+    config.thresholds.false_alarms = (0.001, 0.01, 0.05)
     # Evaluate on the test split every so many steps, for curves only; 0: only at the end. The
     # last checkpoint counts, always.
     config.eval_every = 0

@@ -24,6 +24,15 @@ OUTPUT = flags.DEFINE_string("output", "predictions", "Folder of what is written
 THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Score from which an image is anomalous; default: the checkpoint's."
 )
+FALSE_ALARMS = flags.DEFINE_float(
+    "max_false_alarms", None, "Or: the share of normal images that may be called anomalous (0.01)."
+)
+COST_OF_MISS = flags.DEFINE_float(
+    "cost_of_miss", None, "Or: the least cost on the test images; of an anomalous one that passes,"
+)
+COST_OF_FALSE_ALARM = flags.DEFINE_float(
+    "cost_of_false_alarm", None, "and of a normal one that is called anomalous."
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time.", lower_bound=1)
 PICTURES = flags.DEFINE_bool("pictures", True, "Write heat maps and overlays.")
 flags.mark_flags_as_required(["checkpoint"])
@@ -39,18 +48,23 @@ def main(patterns: list[str]) -> None:
     output = predictions.prepare(OUTPUT.value)
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)
-    threshold = THRESHOLD.value
-    if threshold is None and detector.thresholds:
-        threshold = detector.thresholds["image"]
-        logging.info("threshold %.4f: %s", threshold, thresholds.describe(detector.thresholds))
-    elif threshold is None:
+    basis = thresholds.select(
+        detector.thresholds,
+        threshold=THRESHOLD.value,
+        max_false_alarms=FALSE_ALARMS.value,
+        cost_of_miss=COST_OF_MISS.value,
+        cost_of_false_alarm=COST_OF_FALSE_ALARM.value,
+    )
+    if basis is None:
         logging.warning("the checkpoint has no threshold: no verdicts; give --threshold")
+    else:
+        logging.info("threshold %.4f: %s", basis["value"], thresholds.explain(basis))
     began = time.monotonic()
     rows = predictions.predict_files(
         detector,
         names,
         output,
-        threshold=threshold,
+        threshold=basis and basis["value"],
         batch_size=BATCH_SIZE.value,
         with_pictures=PICTURES.value,
     )

@@ -111,6 +111,12 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.total_steps == 0 and not config.memory.patches:
         config.memory.patches = 4096
     _check_memory(config.memory)
+    if not 0 <= config.data.holdout < 1:
+        raise UserError(f"data.holdout={config.data.holdout}: give a share from 0 to below 1")
+    if not all(0 < rate < 1 for rate in config.thresholds.false_alarms):
+        raise UserError(
+            f"thresholds.false_alarms={config.thresholds.false_alarms}: give shares between 0 and 1"
+        )
     if config.num_seen < 0:
         raise UserError(f"num_seen={config.num_seen}: give 0 or more")
     if not config.attention.divisions or not all(
@@ -211,10 +217,12 @@ def _run_category(
         f"loading {config.category}", lambda: input_pipeline.load_category(config, config.category)
     )
     logging.info(
-        "%s: %d normal and %d seen anomalous images to train, %d to test (%d of them anomalous)",
+        "%s: %d normal and %d seen anomalous images to train, %d normal ones held out, %d to test "
+        "(%d of them anomalous)",
         config.category,
         len(data.train.id),
         len(data.seen.id),
+        len(data.held.id),
         len(data.test.id),
         int(np.sum(data.test.label)),
     )
@@ -247,6 +255,7 @@ def _run_category(
         training.total_steps(config, len(data.train)),
         data.white_level,
         as_dict(config),
+        held=tuple(data.held.id),
     )
     try:
         trained = training.train(
@@ -265,6 +274,7 @@ def _run_category(
         checkpoints.close()
     began = time.monotonic()
     maps, scores = _predict(config, trained.model, trained.variables, data.test, mesh)
+    held = _predict(config, trained.model, trained.variables, data.held, mesh)
     rankings = _rankings(data.test, maps, scores)
     metrics = evaluate_rankings(*rankings)
     chosen = thresholds.choose(
@@ -274,7 +284,10 @@ def _run_category(
         data.test.mask,
         trained_on=lambda: _predict(config, trained.model, trained.variables, data.train, mesh),
         known=data.test.has_mask,
+        held=held,
     )
+    rates = config.thresholds.false_alarms
+    rates = thresholds.at_rates(chosen, rates, scores, data.test.label)
     timing = trained.timing | {
         "load_seconds": load_seconds,
         "evaluate_seconds": time.monotonic() - began,
@@ -284,10 +297,15 @@ def _run_category(
             "category": config.category,
             "dataset": config.data.name,
             "metrics": metrics,
-            "thresholds": chosen,
+            "thresholds": {x: chosen[x] for x in ("image", "pixel", "basis")} | {"rates": rates},
             "steps": trained.identity.steps,
-            "split": {"seed": config.split_seed, "seen": list(data.seen.id)},
-            "test": _test_table(data.test, scores),
+            "split": {
+                "seed": config.split_seed,
+                "seen": list(data.seen.id),
+                "held": list(data.held.id),
+            },
+            "test": _table(data.test, scores),
+            "held": _table(data.held, held[1]),
             "config": as_dict(config),
             "identity": trained.identity.as_json(),
             "seed": config.seed,
@@ -303,6 +321,7 @@ def _run_category(
         results.write_predictions(folder, data.test.image, data.test.mask, maps)
         results.write_run(folder, run)
         logging.info("%s: %s", config.category, _one_line(metrics))
+        thresholds.log_rates(rates)
     meshes.barrier(f"{config.category} is evaluated")
     return metrics
 
@@ -325,10 +344,10 @@ def _rankings(test, maps, scores):
     return rank_images(scores, test.label), rank_pixels(maps[known], test.mask[known])
 
 
-def _test_table(test, scores: np.ndarray) -> list[dict[str, Any]]:
+def _table(images, scores: np.ndarray) -> list[dict[str, Any]]:
     return [
         {"id": id_, "defect": defect, "score": float(score)}
-        for id_, defect, score in zip(test.id, test.defect, scores)
+        for id_, defect, score in zip(images.id, images.defect, scores)
     ]
 
 

@@ -77,6 +77,7 @@ class CategoryData:
       train: normal images.
       seen: the seen anomalies, which train.
       test: the test split without the seen anomalies.
+      held: normal images of the training split that are not trained on.
       foreground: where the product is on each of `train`, uint8 [n, h, w] in {0, 1}.
       is_object: False for a texture, which is all foreground.
       white_level: the level of a 16-bit file that became 255; 0 where all files have 8 bits.
@@ -90,6 +91,11 @@ class CategoryData:
     is_object: bool
     white_level: int = 0
     fingerprint: str = ""
+    held: Images | None = None
+
+    def __post_init__(self):
+        if self.held is None:
+            object.__setattr__(self, "held", self.train.select([False] * len(self.train)))
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -121,6 +127,19 @@ def seen_split(
     return sorted([x for x in ids if x in known][:num_seen])
 
 
+def holdout_split(ids: Sequence[str], share: float, seed: int) -> list[str]:
+    """Draws the normal images that are not trained on: sort, shuffle by `RandomState(seed)`.
+
+    Args:
+      ids: the normal training images.
+      share: of them, in [0, 1), rounded to whole images.
+      seed: of the shuffle.
+    """
+    ids = sorted(ids)
+    np.random.RandomState(seed).shuffle(ids)
+    return sorted(ids[: min(round(share * len(ids)), len(ids) - 1)])
+
+
 def load_category(config: ConfigDict, category: str) -> CategoryData:
     """Prepares, reads and resizes one category; estimates its foreground.
 
@@ -150,6 +169,9 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     normal = train.select(train.label == 0)
     if not len(normal):
         raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
+    held_out = set(holdout_split(normal.id, config.data.holdout, config.split_seed))
+    held = normal.select([x in held_out for x in normal.id])
+    normal = normal.select([x not in held_out for x in normal.id])
     foreground, is_object = cached_foreground(normal.image, builder.data_path)
     logging.info("%s: foreground: %s", category, describe(foreground, is_object))
     return CategoryData(
@@ -160,6 +182,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         is_object=is_object,
         white_level=int((builder.info.metadata or {}).get("white_level", 0)),
         fingerprint=builder.fingerprint or "",
+        held=held,
     )
 
 
