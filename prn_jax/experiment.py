@@ -242,8 +242,8 @@ def _run_category(
     writer = _ScalarWriter(folder)
 
     def evaluate_during(step, model, variables):
-        maps, scores = _predict(config, model, variables, data.test, mesh)
-        metrics = evaluate_rankings(*_rankings(data.test, maps, scores))
+        maps, scores, _ = _predict(config, model, variables, data.test, mesh)
+        metrics = evaluate_rankings(*_rankings(data, maps, scores))
         writer(step, {f"test/{k}": v for k, v in metrics.items() if v is not None})
         logging.info("step %d: %s", step, _one_line(metrics))
 
@@ -268,23 +268,26 @@ def _run_category(
             write_scalars=writer,
             evaluate=evaluate_during,
             allow_config_change=allow_config_change,
+            roi=data.roi,
         )
     finally:
         writer.close()
         checkpoints.close()
     began = time.monotonic()
-    maps, scores = _predict(config, trained.model, trained.variables, data.test, mesh)
-    held = _predict(config, trained.model, trained.variables, data.held, mesh)
-    rankings = _rankings(data.test, maps, scores)
-    metrics = evaluate_rankings(*rankings)
+    predict = functools.partial(_predict, config, trained.model, trained.variables, mesh=mesh)
+    maps, scores, distances = predict(data.test)
+    held = predict(data.held)
+    metrics = evaluate_rankings(*_rankings(data, maps, scores))
+    inside = np.ones(maps.shape[1:], bool) if data.roi is None else data.roi > 0
     chosen = thresholds.choose(
         scores,
         data.test.label,
-        maps,
-        data.test.mask,
-        trained_on=lambda: _predict(config, trained.model, trained.variables, data.train, mesh),
+        maps[:, inside],
+        data.test.mask[:, inside],
+        trained_on=lambda: _inside(predict(data.train), inside),
         known=data.test.has_mask,
-        held=held,
+        held=_inside(held, inside),
+        distances=(distances, held[2]),
     )
     rates = config.thresholds.false_alarms
     rates = thresholds.at_rates(chosen, rates, scores, data.test.label)
@@ -297,15 +300,16 @@ def _run_category(
             "category": config.category,
             "dataset": config.data.name,
             "metrics": metrics,
-            "thresholds": {x: chosen[x] for x in ("image", "pixel", "basis")} | {"rates": rates},
+            "thresholds": {x: chosen[x] for x in ("image", "pixel", "distance", "basis")}
+            | {"rates": rates},
             "steps": trained.identity.steps,
             "split": {
                 "seed": config.split_seed,
                 "seen": list(data.seen.id),
                 "held": list(data.held.id),
             },
-            "test": _table(data.test, scores),
-            "held": _table(data.held, held[1]),
+            "test": _table(data.test, scores, distances),
+            "held": _table(data.held, *held[1:]),
             "config": as_dict(config),
             "identity": trained.identity.as_json(),
             "seed": config.seed,
@@ -318,7 +322,7 @@ def _run_category(
         # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
         deciding = chosen | {"score_pixels": config.score_pixels}
         results.write_thresholds(checkpoints.folder, trained.identity.steps, deciding)
-        results.write_predictions(folder, data.test.image, data.test.mask, maps)
+        results.write_predictions(folder, data.test.image, data.test.mask, maps, data.roi)
         results.write_run(folder, run)
         logging.info("%s: %s", config.category, _one_line(metrics))
         thresholds.log_rates(rates)
@@ -327,7 +331,7 @@ def _run_category(
 
 
 def _predict(config, model, variables, images, mesh):
-    """Maps and scores of a split, the same on every process."""
+    """Maps, scores and distances of a split, the same on every process."""
     return evaluate.predict(
         model,
         variables,
@@ -338,16 +342,23 @@ def _predict(config, model, variables, images, mesh):
     )
 
 
-def _rankings(test, maps, scores):
+def _inside(predicted, inside):
+    """Maps, [n, p] of the region of interest, and scores."""
+    maps, scores, _ = predicted
+    return maps[:, inside], scores
+
+
+def _rankings(data, maps, scores):
     """Of the images, and of the pixels of those whose mask is known."""
-    known = test.has_mask
-    return rank_images(scores, test.label), rank_pixels(maps[known], test.mask[known])
+    test, known = data.test, data.test.has_mask
+    pixels = rank_pixels(maps[known], test.mask[known], data.roi)
+    return rank_images(scores, test.label), pixels
 
 
-def _table(images, scores: np.ndarray) -> list[dict[str, Any]]:
+def _table(images, scores: np.ndarray, distances: np.ndarray) -> list[dict[str, Any]]:
     return [
-        {"id": id_, "defect": defect, "score": float(score)}
-        for id_, defect, score in zip(images.id, images.defect, scores)
+        {"id": id_, "defect": defect, "score": float(score), "distance": float(distance)}
+        for id_, defect, score, distance in zip(images.id, images.defect, scores, distances)
     ]
 
 

@@ -129,7 +129,7 @@ def _run_data(name: str, folder: epath.Path, run: Run) -> dict[str, Any]:
         "width": width,
         "height": height,
         "images": images,
-        "charts": _charts(folder, run, stored["mask"], maps),
+        "charts": _charts(folder, run, stored, maps),
         "provenance": json.dumps(provenance, indent=2),
     }
 
@@ -175,13 +175,13 @@ def _cells(figures: dict[str, float | None], paper: dict[str, float] | None) -> 
 # --- charts, as SVG -------------------------------------------------------------------------------
 
 
-def _charts(folder: epath.Path, run: Run, masks: np.ndarray, maps: np.ndarray) -> str:
+def _charts(folder: epath.Path, run: Run, stored: dict[str, np.ndarray], maps: np.ndarray) -> str:
     scores = np.array([entry["score"] for entry in run["test"]])
     labels = np.array([entry["defect"] != "good" for entry in run["test"]])
     charts = [_histogram(scores, labels)]
     rankings = [
         ("images", metrics.rank_images(scores, labels)),
-        ("pixels", metrics.rank_pixels(maps, masks)),
+        ("pixels", metrics.rank_pixels(maps, stored["mask"], stored.get("roi"))),
     ]
 
     def curves(curve) -> list[Line]:

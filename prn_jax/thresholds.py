@@ -39,8 +39,9 @@ def choose(
     trained_on: Callable[[], tuple[np.ndarray, np.ndarray]],
     known: np.ndarray | None = None,
     held: tuple[np.ndarray, np.ndarray] | None = None,
+    distances: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Thresholds:
-    """Chooses both thresholds of one category.
+    """Chooses the thresholds of one category.
 
     Args:
       scores: of the test images, float32 [n].
@@ -52,12 +53,14 @@ def choose(
       known: whether an image's mask is known, [n]; default: of all. A mask of an anomalous image
         that marks nothing counts as unknown too.
       held: maps and scores of the normal images that were held out; default: none.
+      distances: of the whole test images and of those held out, float32 [n] and [m]; default: none.
 
     Returns:
-      `image` and `pixel`, the thresholds, and for each in `basis`: `source` (which images, as
-      text), `images` (how many) and `promise` (text). `normal`: `source` and ascending `scores` of
-      the normal images for `for_false_alarms`, None without any. `test`: `scores` and `anomalous`
-      of the test images.
+      `image`, `pixel` and `distance`, the thresholds, and for each in `basis`: `source` (which
+      images, as text), `images` (how many) and `promise` (text). `distance` is above all normal
+      images that were not trained on, None (without basis) where there are none. `normal` and
+      `whole`: `source` and ascending `values` of the normal images for `for_false_alarms`, scores
+      and distances, None without any. `test`: `scores` and `anomalous` of the test images.
     """
     normal = np.asarray(labels) == 0
     held_maps, held_scores = held or (maps[:0], scores[:0])
@@ -82,12 +85,23 @@ def choose(
         train_maps, train_scores = trained_on()
         image = image or _above_trained("image", train_scores, len(train_scores))
         pixel = pixel or _above_trained("pixel", train_maps, len(train_scores))
-    spared = {"source": source, "scores": np.sort(known_normal).tolist()}
-    return {"image": image.pop("value"), "pixel": pixel.pop("value")} | {
-        "basis": {"image": image, "pixel": pixel},
-        "normal": spared if len(known_normal) else None,
-        "test": {"scores": scores.tolist(), "anomalous": (~normal).tolist()},
-    }
+    basis = {"image": image, "pixel": pixel}
+    whole = np.zeros(0, np.float32)
+    if distances is not None:  # nothing else is chosen by them
+        whole = np.concatenate([distances[1], distances[0][normal]])
+    all_normal = _normals(len(held_scores), int(normal.sum()))
+    if len(whole):
+        basis["distance"] = _above(whole, len(whole), all_normal)
+    return (
+        {"distance": None}
+        | {level: x.pop("value") for level, x in basis.items()}
+        | {
+            "basis": basis,
+            "normal": _spared(source, known_normal),
+            "whole": _spared(all_normal, whole),
+            "test": {"scores": scores.tolist(), "anomalous": (~normal).tolist()},
+        }
+    )
 
 
 def describe(thresholds: Thresholds, level: str = "image") -> str:
@@ -140,6 +154,21 @@ def select(
     return thresholds and {"value": thresholds["image"], **thresholds["basis"]["image"]}
 
 
+def select_distance(thresholds: Thresholds | None, max_false_alarms: float | None) -> Basis | None:
+    """The threshold of the whole images' distances: for a rate of false alarms, else the default.
+
+    Returns:
+      `value`, `source` and `promise`; None where no normal images were there to choose it by. Where
+      they are too few for the rate it is the default.
+    """
+    known = (thresholds or {}).get("whole")
+    if not known:
+        return None
+    if max_false_alarms is not None and len(known["values"]) >= needed(max_false_alarms):
+        return for_false_alarms(thresholds, max_false_alarms, "whole")
+    return {"value": thresholds["distance"], **thresholds["basis"]["distance"]}
+
+
 # --- a given rate of false alarms -----------------------------------------------------------------
 
 
@@ -148,7 +177,7 @@ def needed(rate: float) -> int:
     return math.ceil(1 / rate - 1e-9) - 1
 
 
-def for_false_alarms(thresholds: Thresholds, rate: float) -> Basis:
+def for_false_alarms(thresholds: Thresholds, rate: float, kind: str = "normal") -> Basis:
     """The least threshold that keeps a rate of false alarms, by split conformal prediction.
 
     Of n normal images and a new one, alike in distribution, each of the n + 1 is as likely to have
@@ -159,6 +188,7 @@ def for_false_alarms(thresholds: Thresholds, rate: float) -> Basis:
     Args:
       thresholds: from `choose`.
       rate: in (0, 1).
+      kind: "normal" for scores, "whole" for distances.
 
     Returns:
       `value` (an image is anomalous from it on), `source`, `images`, `promise`, and `range`: the
@@ -169,9 +199,9 @@ def for_false_alarms(thresholds: Thresholds, rate: float) -> Basis:
     """
     if not 0 < rate < 1:
         raise UserError(f"a share of false alarms of {rate:g}: give one between 0 and 1, as 0.01")
-    normal = thresholds.get("normal") or {"source": "none", "scores": []}
-    scores = np.asarray(normal["scores"], np.float32)
-    count = len(scores)
+    normal = thresholds.get(kind) or {"source": "none", "values": []}
+    values = np.asarray(normal["values"], np.float32)
+    count = len(values)
     above = math.floor((count + 1) * rate + 1e-9)
     if not above:
         least = f"; {count} promise at best {percent(1 / (count + 1))}" if count else ""
@@ -182,7 +212,7 @@ def for_false_alarms(thresholds: Thresholds, rate: float) -> Basis:
         )
     low, high = stats.beta.ppf([0.05, 0.95], above, count + 1 - above)
     return {
-        "value": _just_above(np.sort(scores)[count - above]),
+        "value": _just_above(np.sort(values)[count - above]),
         "source": normal["source"],
         "images": count,
         "range": [float(low), float(high)],
@@ -211,7 +241,7 @@ def at_rates(
     """
     if not thresholds["normal"]:
         return []
-    count, rows = len(thresholds["normal"]["scores"]), []
+    count, rows = len(thresholds["normal"]["values"]), []
     for rate in rates:
         if count < needed(rate):
             rows.append({"rate": rate, "images": count, "needed": needed(rate)})
@@ -322,6 +352,10 @@ def _normals(held: int, tested: int) -> str:
     parts = [f"{held} held-out"] * (held > 0) + [f"{tested} test"] * (tested > 0)
     text = " and ".join(parts)
     return f"{tested} normal test images" if not held else f"{text} images, all normal"
+
+
+def _spared(source: str, values: np.ndarray) -> dict[str, Any] | None:
+    return {"source": source, "values": np.sort(values).tolist()} if len(values) else None
 
 
 def _above(values: np.ndarray, count: int, source: str) -> Basis:

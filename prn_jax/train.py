@@ -29,6 +29,7 @@ from prn_jax.identity import Identity
 from prn_jax.models.memory import choose_patches
 from prn_jax.models.prn import PRN, SCALES, create_model
 from prn_jax.models.prototypes import k_means, num_prototypes
+from prn_jax.models.whole import fit_whole
 from prn_jax.progress import Progress, Termination
 
 Tree = Any
@@ -133,17 +134,23 @@ def fit_prototypes(
     Args:
       config: see configs/default.py.
       model: the network.
-      variables: the collections `backbone` and, for stage 4, `params`, on every device.
+      variables: the collections `backbone` and, for stage 4, `params`, on every device; of
+        `prototypes` the region of interest.
       images: normal training images, uint8 [n, h, w, 3], the same on every process.
       mesh: devices.
 
     Returns:
       The `prototypes` collection: `scale_i/maps`, [k, h, w, c] float32, on every device; with a
-      memory, `memory_i/patches`, [m, c].
+      memory, `memory_i/patches`, [m, c]; and `whole` (see models/whole.py).
     """
+
+    def describe(variables, image):
+        maps = model.apply(variables, image, method="features")
+        return *maps, model.apply(variables, image, method="descriptor")
+
     extract = jax.jit(
         jax.shard_map(
-            lambda variables, image: model.apply(variables, image, method="features"),
+            describe,
             mesh=mesh,
             in_specs=(P(), P("data")),
             out_specs=P("data"),
@@ -171,9 +178,14 @@ def fit_prototypes(
         if model.num_patches and scale + 1 in model.memory_scales:
             patches = choose_patches(maps, model.num_patches, config.seed)
             result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
+    channels = (3, *(result[f"scale_{scale}"]["maps"].shape[-1] for scale in range(SCALES)))
+    descriptors = np.concatenate([batch.pop(0) for batch in batches])
+    key = jax.random.fold_in(key, SCALES)
+    whole = fit_whole(descriptors, channels, model.num_centres, key, mesh)
+    result["whole"] = meshes.replicate(mesh, whole)
     if not model.trained:
         result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
-        maps, _ = predict(model, variables | {"prototypes": result}, images, mesh)
+        maps, *_ = predict(model, variables | {"prototypes": result}, images, mesh)
         # With 1 for the reference the map is d / (d + 1).
         highest = np.max(maps, axis=(1, 2)).astype(np.float64)
         reference = np.mean(highest / (1.0 - highest))
@@ -254,6 +266,7 @@ def train(
     write_scalars: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int, PRN, dict[str, Tree]], None] | None = None,
     allow_config_change: bool = False,
+    roi: np.ndarray | None = None,
 ) -> Trained:
     """Trains one category to its last step, from the newest checkpoint if there is one.
 
@@ -267,6 +280,7 @@ def train(
       write_scalars: receives the losses of a log step.
       evaluate: called with the step and the network every `config.eval_every` steps.
       allow_config_change: go on although the checkpoint is made of something else.
+      roi: where an image counts, uint8 [h, w] in {0, 1}; default: everywhere.
 
     Raises:
       UserError: the batch does not divide, the checkpoint is made of something else, or the loss is
@@ -281,7 +295,9 @@ def train(
     clusters = stored or num_prototypes(len(normal_images), config.prototypes.ratio)
     model = create_model(config, clusters)
     optimizer = create_optimizer(config, steps)
-    state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh)
+    roi = np.ones(normal_images.shape[1:3], np.uint8) if roi is None else roi
+    interest = {"interest": {"mask": meshes.replicate(mesh, roi)}}
+    state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh, interest)
     train_step = make_train_step(config, model, optimizer, mesh)
     start = int(state.step)
 
@@ -353,7 +369,9 @@ def _resumable(checkpoints: Checkpoints, identity: Identity, allow_change: bool)
     return identity
 
 
-def _start(config, model, optimizer, normal_images, checkpoints, mesh) -> tuple[TrainState, Tree]:
+def _start(
+    config, model, optimizer, normal_images, checkpoints, mesh, interest
+) -> tuple[TrainState, Tree]:
     """The newest checkpoint's state, or a fresh one with its prototypes."""
     if checkpoints.latest_step() is not None:
         network, optimizer_state = _abstract(config, model, optimizer, mesh)
@@ -364,10 +382,12 @@ def _start(config, model, optimizer, normal_images, checkpoints, mesh) -> tuple[
             network["batch_stats"],
             optimizer_state["opt_state"],
         )
-        return state, {"backbone": network["backbone"], "prototypes": network["prototypes"]}
+        stored = network["prototypes"] | interest
+        return state, {"backbone": network["backbone"], "prototypes": stored}
     variables = meshes.replicate(mesh, create_variables(config, model))
     began = time.monotonic()
-    stored = fit_prototypes(config, model, variables, normal_images, mesh)
+    known = variables | {"prototypes": interest}
+    stored = interest | fit_prototypes(config, model, known, normal_images, mesh)
     logging.info(
         "%d %s per scale from %d normal images in %.1f s",
         *(

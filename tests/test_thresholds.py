@@ -192,13 +192,23 @@ def test_test_images_promise_only_where_they_decide_nothing_else():
     assert both["image"] == alone["image"]
     assert both["pixel"] == alone["pixel"]
     assert both["normal"] == {
-        "source": "5 held-out images, all normal", "scores": held[1].tolist()
+        "source": "5 held-out images, all normal", "values": held[1].tolist()
     }  # fmt: skip
     assert alone["normal"] is None
+    # Nothing else is chosen by distances: those of normal test images count.
+    assert alone["distance"] is thresholds.select_distance(alone, 0.1) is None
+    whole = np.arange(1, 36, dtype=np.float32), np.full(5, 30, np.float32)
+    found = thresholds.choose(scores, labels, maps, masks, refuse, held=held, distances=whole)
+    assert found["distance"] == pytest.approx(30)
+    assert found["distance"] > 30
+    assert thresholds.select_distance(found, 0.01)["value"] == found["distance"]
+    # One in five of 26: the 21st smallest of 1 to 20 and five times 30.
+    assert thresholds.select_distance(found, 0.2)["value"] == pytest.approx(30)
+    assert thresholds.select_distance(found, 0.25)["value"] == pytest.approx(20)
     normal = labels == 0
     given = scores[normal], labels[normal], maps[normal], masks[normal]
     found = thresholds.choose(*given, refuse, held=held)
-    assert found["normal"]["scores"] == sorted([*held[1].tolist(), *scores[normal].tolist()])
+    assert found["normal"]["values"] == sorted([*held[1].tolist(), *scores[normal].tolist()])
     assert found["basis"]["image"]["source"] == (
         "above all 5 held-out and 20 test images, all normal"
     )

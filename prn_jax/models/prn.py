@@ -13,6 +13,7 @@ from prn_jax.models.fusion import MultiScaleFusion
 from prn_jax.models.layers import Dtype
 from prn_jax.models.memory import PatchMap, PatchResidual, window_residuals
 from prn_jax.models.prototypes import PrototypeResidual
+from prn_jax.models.whole import OUTSIDE, RegionOfInterest, WholeImage, describe
 
 SCALES = 3  # stages 1 to 3, at strides 4, 8, 16, have prototypes
 
@@ -21,7 +22,8 @@ class PRN(nn.Module):
     """Prototypical residual network: uint8 images -> one anomaly logit per pixel.
 
     Variable collections: `params` (trained), `batch_stats` (the decoder's), `backbone` (frozen
-    stages), `prototypes` (`scale_i/maps`, [k, h, w, c], and `memory_i/patches`, [m, c], float32).
+    stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], and those of
+    `whole.py`: `interest/mask`, `whole/centres` and `whole/spread`).
 
     Attributes:
       backbone_name: a key of `BACKBONES`.
@@ -34,6 +36,7 @@ class PRN(nn.Module):
       num_patches: m of each scale of `memory_scales`; 0: no memory of patches.
       memory_scales: scales with a memory, counted from 1.
       window: see `window_residuals`; 0: none.
+      num_centres: of `WholeImage`.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       dtype: compute type; parameters, statistics, distances and logits are float32.
     """
@@ -48,6 +51,7 @@ class PRN(nn.Module):
     num_patches: int = 0
     memory_scales: tuple[int, ...] = (1, 2, 3)
     window: int = 0
+    num_centres: int = 1
     trained: bool = True
     dtype: Dtype = jnp.float32
 
@@ -56,6 +60,8 @@ class PRN(nn.Module):
         self.scale = [PrototypeResidual(self.num_prototypes) for _ in range(SCALES)]
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
         self.patch_map = PatchMap()
+        self.interest = RegionOfInterest()
+        self.whole = WholeImage(self.num_centres)
         self.join = [nn.Conv(x, (1, 1), dtype=self.dtype) for x in self._channels()]
         self.fuse_features = MultiScaleFusion(self.dtype)
         self.fuse_residuals = MultiScaleFusion(self.dtype)
@@ -70,7 +76,18 @@ class PRN(nn.Module):
         self, image: UInt8[Array, "b height width 3"], train: bool = False
     ) -> Float[Array, "b height width"]:
         """Logits of a batch of images; height and width are divisible by 32."""
+        return self.inspect(image, train)[0]
+
+    def inspect(
+        self, image: UInt8[Array, "b height width 3"], train: bool = False
+    ) -> tuple[Float[Array, "b height width"], Float[Array, " b"]]:
+        """Logits, `OUTSIDE` where the image does not count, and `WholeImage`'s distances."""
         *features, deepest = self._stages(image)
+        mask = self.interest(*image.shape[1:3])
+        logits = jnp.where(mask > 0, self._logits(features, deepest, train), OUTSIDE)
+        return logits, self.whole(describe(image, tuple(features), mask))
+
+    def _logits(self, features: list[Array], deepest: Array, train: bool) -> Array:
         found = [self._residuals(scale, x) for scale, x in enumerate(features)]
         if not self.trained:
             strides = tuple(scale + 1 for scale in self.memory_scales)
@@ -114,6 +131,11 @@ class PRN(nn.Module):
         """The frozen feature maps at strides 4, 8, 16, float32: what prototypes are made of."""
         return tuple(x.astype(jnp.float32) for x in self._stages(image)[:SCALES])
 
+    def descriptor(self, image: UInt8[Array, "b height width 3"]) -> Float[Array, "b d"]:
+        """What `WholeImage` compares: means over the image of colours and frozen features."""
+        mask = self.interest(*image.shape[1:3])
+        return describe(image, self._stages(image)[:SCALES], mask)
+
     def _stages(self, image: Array) -> tuple[Array, ...]:
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
@@ -144,6 +166,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         num_patches=memory.get("patches", 0),
         memory_scales=tuple(memory.get("scales", (1, 2, 3))),
         window=memory.get("window", 0),
+        num_centres=num_prototypes,
         trained=trained,
         dtype=compute_dtype(config),
     )

@@ -80,9 +80,10 @@ def test_every_image_is_predicted_once_whatever_the_batch():
         placed = meshes.replicate(mesh, variables)
         results.append(evaluate.predict(model, placed, images, mesh, batch_size=batch_size))
     # Untrained logits are steep: rounding shows in the third digit.
-    for maps, scores in results[1:]:
+    for maps, scores, distances in results[1:]:
         np.testing.assert_allclose(maps, results[0][0], atol=5e-3)
         np.testing.assert_allclose(scores, results[0][1], atol=5e-3)
+        np.testing.assert_allclose(distances, results[0][2], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "count"), [((256, 256), 100), ((128, 128), 25), ((32, 32), 2)])
