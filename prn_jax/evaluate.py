@@ -120,14 +120,14 @@ def predict(
 def describe(
     model: PRN, variables: Tree, images: np.ndarray, mesh: Mesh, batch_size: int = 32
 ) -> np.ndarray:
-    """What `models.whole.WholeImage` compares, of images that every process holds: float32 [n, d].
+    """What `models.whole.WholeImage` compares, in its unit, of images that every process holds.
 
-    Args as of `predict`.
+    Args as of `predict`; returns float32 [n, d].
     """
     size = fixed_size(len(images), batch_size, mesh)
-    width = variables["prototypes"]["whole"]["spread"].shape[0]
-    empty = (np.empty((len(images), width), np.float32),)
-    return _run(_descriptor_step(model, mesh), variables, images, mesh, size, empty)[0]
+    spread = np.asarray(jax.device_get(variables["prototypes"]["whole"]["spread"]))
+    empty = (np.empty((len(images), len(spread)), np.float32),)
+    return _run(_descriptor_step(model, mesh), variables, images, mesh, size, empty)[0] / spread
 
 
 def _run(step, variables, images, mesh, size, found, progress=False) -> tuple[np.ndarray, ...]:

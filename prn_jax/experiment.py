@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prn_jax import evaluate, pretrained, results, thresholds
+from prn_jax import evaluate, explain, pretrained, results, thresholds
 from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints, check_name
@@ -277,6 +277,10 @@ def _run_category(
     predict = functools.partial(_predict, config, trained.model, trained.variables, mesh=mesh)
     maps, scores, distances = predict(data.test)
     held = predict(data.held)
+    shown_normals = data.train.pick(explain.kept(len(data.train)))
+    describe = functools.partial(_describe, config, trained.model, trained.variables, mesh=mesh)
+    normals = explain.Normals.of(shown_normals.id, shown_normals.image, describe(shown_normals))
+    nearest = normals.nearest(describe(data.test))
     metrics = evaluate_rankings(*_rankings(data, maps, scores))
     inside = np.ones(maps.shape[1:], bool) if data.roi is None else data.roi > 0
     chosen = thresholds.choose(
@@ -308,7 +312,10 @@ def _run_category(
                 "seen": list(data.seen.id),
                 "held": list(data.held.id),
             },
-            "test": _table(data.test, scores, distances),
+            "test": [
+                row | {"nearest": normals.id[number]}
+                for row, number in zip(_table(data.test, scores, distances), nearest, strict=True)
+            ],
             "held": _table(data.held, *held[1:]),
             "config": as_dict(config),
             "identity": trained.identity.as_json(),
@@ -322,6 +329,7 @@ def _run_category(
         # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
         deciding = chosen | {"score_pixels": config.score_pixels}
         results.write_thresholds(checkpoints.folder, trained.identity.steps, deciding)
+        normals.write(checkpoints.folder)
         results.write_predictions(folder, data.test.image, data.test.mask, maps, data.roi)
         results.write_run(folder, run)
         logging.info("%s: %s", config.category, _one_line(metrics))
@@ -340,6 +348,11 @@ def _predict(config, model, variables, images, mesh):
         batch_size=config.eval_batch_size,
         score_pixels=config.score_pixels,
     )
+
+
+def _describe(config, model, variables, images, mesh):
+    """Of a split, the same on every process: see `evaluate.describe`."""
+    return evaluate.describe(model, variables, images.image, mesh, config.eval_batch_size)
 
 
 def _inside(predicted, inside):

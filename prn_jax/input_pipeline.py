@@ -60,7 +60,10 @@ class Images:
 
     def select(self, chosen: Sequence[bool]) -> "Images":
         """Those whose entry is true."""
-        index = np.flatnonzero(np.asarray(chosen, bool))
+        return self.pick(np.flatnonzero(np.asarray(chosen, bool)))
+
+    def pick(self, index: np.ndarray) -> "Images":
+        """Those of these numbers."""
         return Images(
             self.image[index],
             self.mask[index],

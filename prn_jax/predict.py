@@ -126,6 +126,12 @@ class Detector:
             sized = np.array(sized, np.float32).reshape(images.shape[:3])
         return Inspection(sized, scores, distances)
 
+    def describe(self, images: Iterable[ImageLike], batch_size: int | None = None) -> np.ndarray:
+        """What distances of whole images are between: see `evaluate.describe`."""
+        small, _ = self._fit(images)
+        size = batch_size or self.config.eval_batch_size
+        return evaluate.describe(self.model, self.variables, small, self.mesh, size)
+
     def _fit(
         self, images: Iterable[ImageLike], single: bool = False
     ) -> tuple[np.ndarray, list[tuple[int, int]]]:

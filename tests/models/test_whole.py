@@ -58,6 +58,7 @@ def test_what_does_not_count_is_neither_in_the_map_nor_in_the_distance():
     variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), image))
     mask = np.zeros((64, 64), np.uint8)
     mask[8:40, 16:48] = 1
+    mask = jnp.asarray(mask)
     prototypes = variables["prototypes"] | {"interest": {"mask": mask}}
     step = jax.jit(lambda variables, image: model.apply(variables, image, method="inspect"))
     everywhere, _ = step(variables, image)
