@@ -37,6 +37,10 @@ def get_config() -> ConfigDict:
     config.data.manual_dir = "~/data/mvtec_ad"
     # Where the TFRecords go, local or gs://. TFDS's own default.
     config.data.data_dir = "~/tensorflow_datasets"
+    # Share of the normal training images, drawn by split_seed, that are kept out of training and
+    # prototypes: their scores say how many false alarms a threshold gives. 0: none, as in the
+    # paper.
+    config.data.holdout = 0.0
 
     # --- the network (paper, Fig. 3) -----------------------------------------------------------
     config.backbone = ConfigDict()
@@ -62,10 +66,6 @@ def get_config() -> ConfigDict:
     # Lloyd iterations of k-means, at most; it stops when no assignment changes. Ours
     # (scikit-learn's, which PRNet uses, stops at 300).
     config.prototypes.iterations = 50
-    # Whether residuals are in multiples of what normal images have, channel by channel; as they
-    # are (PRNet), those of the deeper scales are some hundred times as small as the features.
-    # Beyond the paper.
-    config.prototypes.relative = False
 
     # Normal patches that are found anywhere, as inputs beside the prototypes. Beyond the paper.
     config.memory = ConfigDict()
@@ -189,6 +189,10 @@ def get_config() -> ConfigDict:
     # The score of an image is the mean of its highest pixels: this many at 256x256, in proportion
     # to the area at other sizes. PRNet: 100; DiffusionAD: 50.
     config.score_pixels = 100
+    # Shares of new normal images, in (0, 1), that may be called anomalous: results and report show
+    # the threshold that keeps each, and its recall, where normal images were held out. Ours.
+    config.thresholds = ConfigDict()
+    config.thresholds.false_alarms = (0.001, 0.01, 0.05)
     # Evaluate on the test split every so many steps, for curves only; 0: only at the end. The
     # last checkpoint counts, always.
     config.eval_every = 0

@@ -13,4 +13,6 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.name = "folder"
     config.data.manual_dir = "~/data/my_products"
+    # 99 images held out promise at most 1 % false alarms; of fewer, the promise is weaker.
+    config.data.holdout = 0.1
     return config

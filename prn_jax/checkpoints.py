@@ -132,11 +132,14 @@ class Checkpoints:
         return Identity.from_json(self._manager.restore(step, args=items).config)
 
     def num_prototypes(self) -> int | None:
-        """Prototypes per scale of the newest checkpoint, None without one."""
+        """Clusters of the newest checkpoint's normal images, None without one."""
         step = self.latest_step()
         if step is None:
             return None
-        return self._manager.item_metadata(step).model["prototypes"]["scale_0"]["maps"].shape[0]
+        stored = self._manager.item_metadata(step).model["prototypes"]
+        # Without training a scale has one prototype; an earlier version had no `whole`.
+        whole = stored.get("whole", {"centres": stored["scale_0"]["maps"]})
+        return whole["centres"].shape[0]
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk."""

@@ -37,22 +37,32 @@ def score_count(pixels: int, height: int, width: int) -> int:
 
 def make_eval_step(
     model: PRN, score_pixels: int, mesh: Mesh
-) -> Callable[[Tree, jax.Array], tuple[jax.Array, jax.Array]]:
-    """The jitted step: `(variables, image) -> (maps, scores)`, mapped over `data`."""
+) -> Callable[[Tree, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The jitted step: `(variables, image) -> (maps, scores, distances)`, mapped over `data`."""
 
     def step(variables, image):
-        maps = jax.nn.sigmoid(model.apply(variables, image))
-        return maps, image_score(maps, score_pixels)
+        logits, distances = model.apply(variables, image, method="inspect")
+        maps = jax.nn.sigmoid(logits)
+        return maps, image_score(maps, score_pixels), distances
 
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P("data"))
-    )
-    return jax.jit(mapped)
+    return jax.jit(_mapped(step, mesh))
+
+
+def _mapped(step: Callable, mesh: Mesh) -> Callable:
+    return jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
 
 
 @functools.cache  # A compiled step per network, however many a process holds.
 def _cached_step(model: PRN, score_pixels: int, mesh: Mesh):
     return make_eval_step(model, score_pixels, mesh)
+
+
+@functools.cache
+def _descriptor_step(model: PRN, mesh: Mesh):
+    def step(variables, image):
+        return (model.apply(variables, image, method="descriptor"),)
+
+    return jax.jit(_mapped(step, mesh))
 
 
 def fixed_size(count: int, batch_size: int, mesh: Mesh) -> int:
@@ -83,11 +93,8 @@ def predict(
     score_pixels: int = 100,
     progress: bool = False,
     fill: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Anomaly maps and scores of images that every process holds.
-
-    A batch that isn't full is filled up with blank images whose results are dropped: each image
-    counts once, whatever the number of devices, and a few sizes (`fixed_size`) are compiled.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Anomaly maps, scores and distances of images that every process holds.
 
     Args:
       model: the network.
@@ -101,12 +108,34 @@ def predict(
         that are to compile once.
 
     Returns:
-      Maps [n, h, w] float32 in [0, 1] and scores [n] float32 in [0, 1].
+      Maps [n, h, w] and scores [n], float32 in [0, 1], and distances of the whole images from
+      normal ones [n], float32: see `models.whole.WholeImage`.
     """
     step = _cached_step(model, score_pixels, mesh)
     size = fixed_size(batch_size if fill else len(images), batch_size, mesh)
-    maps = np.empty(images.shape[:3], np.float32)
-    scores = np.empty(len(images), np.float32)
+    empty = np.empty(images.shape[:3], np.float32), *np.empty((2, len(images)), np.float32)
+    return _run(step, variables, images, mesh, size, empty, progress)
+
+
+def describe(
+    model: PRN, variables: Tree, images: np.ndarray, mesh: Mesh, batch_size: int = 32
+) -> np.ndarray:
+    """What `models.whole.WholeImage` compares, in its unit, of images that every process holds.
+
+    Args as of `predict`; returns float32 [n, d].
+    """
+    size = fixed_size(len(images), batch_size, mesh)
+    spread = np.asarray(jax.device_get(variables["prototypes"]["whole"]["spread"]))
+    empty = (np.empty((len(images), len(spread)), np.float32),)
+    return _run(_descriptor_step(model, mesh), variables, images, mesh, size, empty)[0] / spread
+
+
+def _run(step, variables, images, mesh, size, found, progress=False) -> tuple[np.ndarray, ...]:
+    """Applies a step to `size` images at a time and writes its results into the arrays `found`.
+
+    A batch that isn't full is filled up with blank images whose results are dropped: each image
+    counts once, whatever the number of devices, and a few sizes (`fixed_size`) are compiled.
+    """
     pending = []
     bar = tqdm(total=len(images), unit="image", disable=not progress, dynamic_ncols=True)
     with bar:
@@ -121,9 +150,9 @@ def predict(
             if len(pending) > 1 or start + size >= len(images):
                 while pending:
                     first, number, results = pending.pop(0)
-                    maps[first : first + number] = meshes.gather(results[0])[:number]
-                    scores[first : first + number] = meshes.gather(results[1])[:number]
+                    for array, result in zip(found, results, strict=True):
+                        array[first : first + number] = meshes.gather(result)[:number]
                     bar.update(number)
                     if start + size < len(images):
                         break
-    return maps, scores
+    return found

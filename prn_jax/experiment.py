@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prn_jax import evaluate, pretrained, results, thresholds, trained_on
+from prn_jax import evaluate, explain, pretrained, results, thresholds, trained_on
 from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints, check_name
@@ -112,6 +112,12 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.total_steps == 0 and not config.memory.patches:
         config.memory.patches = 4096
     _check_memory(config.memory)
+    if not 0 <= config.data.holdout < 1:
+        raise UserError(f"data.holdout={config.data.holdout}: give a share from 0 to below 1")
+    if not all(0 < rate < 1 for rate in config.thresholds.false_alarms):
+        raise UserError(
+            f"thresholds.false_alarms={config.thresholds.false_alarms}: give shares between 0 and 1"
+        )
     if config.num_seen < 0:
         raise UserError(f"num_seen={config.num_seen}: give 0 or more")
     if not config.attention.divisions or not all(
@@ -212,10 +218,12 @@ def _run_category(
         f"loading {config.category}", lambda: input_pipeline.load_category(config, config.category)
     )
     logging.info(
-        "%s: %d normal and %d seen anomalous images to train, %d to test (%d of them anomalous)",
+        "%s: %d normal and %d seen anomalous images to train, %d normal ones held out, %d to test "
+        "(%d of them anomalous)",
         config.category,
         len(data.train.id),
         len(data.seen.id),
+        len(data.held.id),
         len(data.test.id),
         int(np.sum(data.test.label)),
     )
@@ -235,8 +243,8 @@ def _run_category(
     writer = _ScalarWriter(folder)
 
     def evaluate_during(step, model, variables):
-        maps, scores = _predict(config, model, variables, data.test, mesh)
-        metrics = evaluate_rankings(*_rankings(data.test, maps, scores))
+        maps, scores, _ = _predict(config, model, variables, data.test, mesh)
+        metrics = evaluate_rankings(*_rankings(data, maps, scores))
         writer(step, {f"test/{k}": v for k, v in metrics.items() if v is not None})
         logging.info("step %d: %s", step, _one_line(metrics))
 
@@ -248,6 +256,7 @@ def _run_category(
         training.total_steps(config, len(data.train)),
         data.white_level,
         as_dict(config),
+        held=tuple(data.held.id),
     )
     if meshes.is_main():
         for images in (data.train, data.seen):
@@ -263,22 +272,33 @@ def _run_category(
             write_scalars=writer,
             evaluate=evaluate_during,
             allow_config_change=allow_config_change,
+            roi=data.roi,
         )
     finally:
         writer.close()
         checkpoints.close()
     began = time.monotonic()
-    maps, scores = _predict(config, trained.model, trained.variables, data.test, mesh)
-    rankings = _rankings(data.test, maps, scores)
-    metrics = evaluate_rankings(*rankings)
+    predict = functools.partial(_predict, config, trained.model, trained.variables, mesh=mesh)
+    maps, scores, distances = predict(data.test)
+    held = predict(data.held)
+    shown_normals = data.train.pick(explain.kept(len(data.train)))
+    describe = functools.partial(_describe, config, trained.model, trained.variables, mesh=mesh)
+    normals = explain.Normals.of(shown_normals.id, shown_normals.image, describe(shown_normals))
+    nearest = normals.nearest(describe(data.test))
+    metrics = evaluate_rankings(*_rankings(data, maps, scores))
+    inside = np.ones(maps.shape[1:], bool) if data.roi is None else data.roi > 0
     chosen = thresholds.choose(
         scores,
         data.test.label,
-        maps,
-        data.test.mask,
-        trained_on=lambda: _predict(config, trained.model, trained.variables, data.train, mesh),
+        maps[:, inside],
+        data.test.mask[:, inside],
+        trained_on=lambda: _inside(predict(data.train), inside),
         known=data.test.has_mask,
+        held=_inside(held, inside),
+        distances=(distances, held[2]),
     )
+    rates = config.thresholds.false_alarms
+    rates = thresholds.at_rates(chosen, rates, scores, data.test.label)
     timing = trained.timing | {
         "load_seconds": load_seconds,
         "evaluate_seconds": time.monotonic() - began,
@@ -288,10 +308,19 @@ def _run_category(
             "category": config.category,
             "dataset": config.data.name,
             "metrics": metrics,
-            "thresholds": chosen,
+            "thresholds": {x: chosen[x] for x in ("image", "pixel", "distance", "basis")}
+            | {"rates": rates},
             "steps": trained.identity.steps,
-            "split": {"seed": config.split_seed, "seen": list(data.seen.id)},
-            "test": _test_table(data.test, scores),
+            "split": {
+                "seed": config.split_seed,
+                "seen": list(data.seen.id),
+                "held": list(data.held.id),
+            },
+            "test": [
+                row | {"nearest": normals.id[number]}
+                for row, number in zip(_table(data.test, scores, distances), nearest, strict=True)
+            ],
+            "held": _table(data.held, *held[1:]),
             "config": as_dict(config),
             "identity": trained.identity.as_json(),
             "seed": config.seed,
@@ -304,15 +333,17 @@ def _run_category(
         # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
         deciding = chosen | {"score_pixels": config.score_pixels}
         results.write_thresholds(checkpoints.folder, trained.identity.steps, deciding)
-        results.write_predictions(folder, data.test.image, data.test.mask, maps)
+        normals.write(checkpoints.folder)
+        results.write_predictions(folder, data.test.image, data.test.mask, maps, data.roi)
         results.write_run(folder, run)
         logging.info("%s: %s", config.category, _one_line(metrics))
+        thresholds.log_rates(rates)
     meshes.barrier(f"{config.category} is evaluated")
     return metrics
 
 
 def _predict(config, model, variables, images, mesh):
-    """Maps and scores of a split, the same on every process."""
+    """Maps, scores and distances of a split, the same on every process."""
     return evaluate.predict(
         model,
         variables,
@@ -323,16 +354,28 @@ def _predict(config, model, variables, images, mesh):
     )
 
 
-def _rankings(test, maps, scores):
+def _describe(config, model, variables, images, mesh):
+    """Of a split, the same on every process: see `evaluate.describe`."""
+    return evaluate.describe(model, variables, images.image, mesh, config.eval_batch_size)
+
+
+def _inside(predicted, inside):
+    """Maps, [n, p] of the region of interest, and scores."""
+    maps, scores, _ = predicted
+    return maps[:, inside], scores
+
+
+def _rankings(data, maps, scores):
     """Of the images, and of the pixels of those whose mask is known."""
-    known = test.has_mask
-    return rank_images(scores, test.label), rank_pixels(maps[known], test.mask[known])
+    test, known = data.test, data.test.has_mask
+    pixels = rank_pixels(maps[known], test.mask[known], data.roi)
+    return rank_images(scores, test.label), pixels
 
 
-def _test_table(test, scores: np.ndarray) -> list[dict[str, Any]]:
+def _table(images, scores: np.ndarray, distances: np.ndarray) -> list[dict[str, Any]]:
     return [
-        {"id": id_, "defect": defect, "score": float(score)}
-        for id_, defect, score in zip(test.id, test.defect, scores)
+        {"id": id_, "defect": defect, "score": float(score), "distance": float(distance)}
+        for id_, defect, score, distance in zip(images.id, images.defect, scores, distances)
     ]
 
 

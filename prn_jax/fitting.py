@@ -1,5 +1,7 @@
-"""What is made of the normal images before training: prototypes, a memory, a scale of residuals."""
+"""What is made of the normal images before training: prototypes, a memory, the whole image's."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from prn_jax.evaluate import predict
 from prn_jax.models.memory import choose_patches
 from prn_jax.models.prn import PRN, SCALES
 from prn_jax.models.prototypes import k_means
+from prn_jax.models.whole import fit_whole
 
 Tree = Any
 
@@ -26,7 +29,8 @@ def fit_prototypes(
     Args:
       config: see configs/default.py.
       model: the network.
-      variables: the collections `backbone` and, for stage 4, `params`, on every device.
+      variables: the collections `backbone` and, for stage 4, `params`, on every device; of
+        `prototypes` the region of interest.
       images: normal training images, uint8 [n, h, w, 3], the same on every process.
       mesh: devices.
 
@@ -41,11 +45,12 @@ def fit_prototypes(
             "(prototypes.max_images)",
             len(some), len(images),
         )  # fmt: skip
+    over_images = functools.partial(_over_images, config, variables, some, mesh)
     key = jax.random.key(config.seed)
     result = {}
     for scale in range(SCALES):
         # One scale at a time: all maps of the images are larger than the images.
-        maps = _over_images(config, model, variables, some, mesh, "features", scale)
+        maps = over_images(lambda *x, scale=scale: model.apply(*x, method="features")[scale])
         centres = k_means(
             maps.reshape(len(maps), -1),
             model.num_prototypes,
@@ -57,15 +62,14 @@ def fit_prototypes(
         if model.num_patches and scale + 1 in model.memory_scales:
             patches = choose_patches(maps, model.num_patches, config.seed)
             result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
-    for scale in range(SCALES if model.use_relative else 0):
-        stored = variables | {"prototypes": result}
-        means = _over_images(config, model, stored, some, mesh, "mean_residuals", scale)
-        for number, mean in enumerate(means):
-            mean = meshes.replicate(mesh, mean.mean(0, np.float64).astype(np.float32))
-            result[f"relative_{scale}_{number}"] = {"mean": mean}
+    channels = (3, *(result[f"scale_{scale}"]["maps"].shape[-1] for scale in range(SCALES)))
+    descriptors = over_images(lambda *x: model.apply(*x, method="descriptor"))
+    key = jax.random.fold_in(key, SCALES)
+    whole = fit_whole(descriptors, channels, model.num_centres, key, mesh)
+    result["whole"] = meshes.replicate(mesh, whole)
     if not model.trained:
         result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
-        maps, _ = predict(model, variables | {"prototypes": result}, images, mesh)
+        maps, *_ = predict(model, variables | {"prototypes": result}, images, mesh)
         # With 1 for the reference the map is d / (d + 1).
         highest = np.max(maps, axis=(1, 2)).astype(np.float64)
         reference = np.mean(highest / (1.0 - highest))
@@ -73,25 +77,24 @@ def fit_prototypes(
     return result
 
 
-def _over_images(config, model, variables, images, mesh, method: str, scale: int) -> Tree:
-    """What a method of the network gives for all images at one scale: NumPy arrays [n, ...]."""
-    function = jax.jit(
-        jax.shard_map(
-            lambda variables, image: model.apply(variables, image, method=method)[scale],
-            mesh=mesh,
-            in_specs=(P(), P("data")),
-            out_specs=P("data"),
-        )
+def _over_images(
+    config: ConfigDict,
+    variables: Tree,
+    images: np.ndarray,
+    mesh: Mesh,
+    function: Callable[[Tree, jax.Array], jax.Array],
+) -> np.ndarray:
+    """What a function of the variables and some images gives for all of them, [n, ...]."""
+    mapped = jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
     )
-    count = len(images)
-    size = -(-min(config.eval_batch_size, count) // mesh.size) * mesh.size
+    size = -(-min(config.eval_batch_size, len(images)) // mesh.size) * mesh.size
     whole = None
-    for start in range(0, count, size):
+    for start in range(0, len(images), size):
         batch = images[start : start + size]
         padded = np.concatenate([batch, np.zeros_like(images[:1]).repeat(size - len(batch), 0)])
-        found = function(variables, meshes.shard_same(mesh, padded))
+        found = meshes.gather(mapped(variables, meshes.shard_same(mesh, padded)))
         if whole is None:
-            whole = jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), found)
-        for array, part in zip(jax.tree.leaves(whole), jax.tree.leaves(found)):
-            array[start : start + size] = meshes.gather(part)[: len(batch)]
+            whole = np.empty((len(images), *found.shape[1:]), found.dtype)
+        whole[start : start + size] = found[: len(batch)]
     return whole

@@ -31,8 +31,18 @@ FREE_FIELDS = (
     "eval_batch_size",
     "eval_every",
     "log_every",
+    "thresholds",
     "total_steps",
 )
+# What a field amounted to before there was one.
+_BEFORE = {
+    "data.holdout": 0.0,
+    "decoder.stem": False,
+    "optimizer.average": 0.0,
+    "optimizer.clip": 0.0,
+    "prototypes.max_images": 1000,
+    "synthesis.turns": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Identity:
       white_level: grey level that became 255, 0 where the files have 8 bits.
       config: the whole configuration, plain JSON types.
       changes: what became different on the way, let pass by --allow_config_change.
+      held: ids of the normal images that are not trained on, sorted.
     """
 
     dataset: str
@@ -59,10 +70,11 @@ class Identity:
     white_level: int
     config: dict[str, Any]
     changes: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        lists = {"seen": list(self.seen), "changes": list(self.changes)}
+        lists = {name: list(getattr(self, name)) for name in ("seen", "changes", "held")}
         return dataclasses.asdict(self) | lists
 
     @classmethod
@@ -72,7 +84,7 @@ class Identity:
             config = {name: value for name, value in stored.items() if name != "steps"}
             steps = stored.get("steps", -1)
             return cls(config["data"]["name"], config["category"], "", (), steps, 0, config)
-        lists = {name: tuple(stored[name]) for name in ("seen", "changes")}
+        lists = {name: tuple(stored.get(name, ())) for name in ("seen", "changes", "held")}
         return cls(**stored | lists)
 
     @classmethod
@@ -107,7 +119,7 @@ class Identity:
                 found.append(f"no longer a seen anomaly: {_some(gone)}")
             if new := set(other.seen) - set(self.seen):
                 found.append(f"newly a seen anomaly: {_some(new)}")
-        old, new = _flatten(self.config), _flatten(other.config)
+        old, new = (_BEFORE | _flatten(x.config) for x in (self, other))
         changed = {
             name: f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
             for name in sorted(old.keys() | new.keys())
@@ -138,6 +150,11 @@ class Identity:
             raise UserError(
                 f"{text}: what it was trained on would be tested on. Put the images and fields "
                 "back, or give another --workdir"
+            )
+        if new := set(other.held) - set(self.held):
+            raise UserError(
+                f"{text}: what it was trained on ({_some(new)}) would set its thresholds. Put the "
+                "images and fields back, or give another --workdir"
             )
         if self.untrained != other.untrained:
             raise UserError(

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from prn_jax import datasets, images
+from prn_jax.datasets.roi import from_text
 from prn_jax.errors import UserError
 from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
@@ -59,7 +60,10 @@ class Images:
 
     def select(self, chosen: Sequence[bool]) -> "Images":
         """Those whose entry is true."""
-        index = np.flatnonzero(np.asarray(chosen, bool))
+        return self.pick(np.flatnonzero(np.asarray(chosen, bool)))
+
+    def pick(self, index: np.ndarray) -> "Images":
+        """Those of these numbers."""
         return Images(
             self.image[index],
             self.mask[index],
@@ -77,6 +81,9 @@ class CategoryData:
       train: normal images.
       seen: the seen anomalies, which train.
       test: the test split without the seen anomalies.
+      held: normal images of the training split that are not trained on.
+      roi: where an image counts, uint8 [h, w] in {0, 1}; None: everywhere. No mask marks, and no
+        foreground covers, anything outside of it.
       foreground: where the product is on each of `train`, uint8 [n, h, w] in {0, 1}.
       is_object: False for a texture, which is all foreground.
       white_level: the level of a 16-bit file that became 255; 0 where all files have 8 bits.
@@ -90,6 +97,12 @@ class CategoryData:
     is_object: bool
     white_level: int = 0
     fingerprint: str = ""
+    held: Images | None = None
+    roi: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.held is None:
+            object.__setattr__(self, "held", self.train.select([False] * len(self.train)))
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -121,6 +134,19 @@ def seen_split(
     return sorted([x for x in ids if x in known][:num_seen])
 
 
+def holdout_split(ids: Sequence[str], share: float, seed: int) -> list[str]:
+    """Draws the normal images that are not trained on: sort, shuffle by `RandomState(seed)`.
+
+    Args:
+      ids: the normal training images.
+      share: of them, in [0, 1), rounded to whole images.
+      seed: of the shuffle.
+    """
+    ids = sorted(ids)
+    np.random.RandomState(seed).shuffle(ids)
+    return sorted(ids[: min(round(share * len(ids)), len(ids) - 1)])
+
+
 def load_category(config: ConfigDict, category: str) -> CategoryData:
     """Prepares, reads and resizes one category; estimates its foreground.
 
@@ -133,8 +159,12 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         manual_dir=config.data.manual_dir,
         data_dir=config.data.data_dir,
     )
-    size = tuple(config.image_size)
+    size, metadata = tuple(config.image_size), builder.info.metadata or {}
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
+    roi = from_text(metadata["roi"], size) if "roi" in metadata else None
+    if roi is not None:
+        logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
+        train, test = (_inside(split, roi, category) for split in (train, test))
     source = test if builder.seen_from == "test" else train
     anomalous = source.select(source.label == 1)
     usable = anomalous.has_mask & anomalous.mask.any(axis=(1, 2))
@@ -150,17 +180,39 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     normal = train.select(train.label == 0)
     if not len(normal):
         raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
+    held_out = set(holdout_split(normal.id, config.data.holdout, config.split_seed))
+    held = normal.select([x in held_out for x in normal.id])
+    normal = normal.select([x not in held_out for x in normal.id])
     foreground, is_object = cached_foreground(normal.image, builder.data_path)
     logging.info("%s: foreground: %s", category, describe(foreground, is_object))
+    if roi is not None:
+        inside = foreground & roi
+        foreground = np.where(inside.any(axis=(1, 2), keepdims=True), inside, roi)
     return CategoryData(
         train=normal,
         seen=source.select([x in seen for x in source.id]),
         test=test.select([x not in seen for x in test.id]) if source is test else test,
         foreground=foreground,
         is_object=is_object,
-        white_level=int((builder.info.metadata or {}).get("white_level", 0)),
+        white_level=int(metadata.get("white_level", 0)),
         fingerprint=builder.fingerprint or "",
+        held=held,
+        roi=roi,
     )
+
+
+def _inside(split: Images, roi: np.ndarray, category: str) -> Images:
+    """Images whose masks mark nothing outside of the region of interest."""
+    mask = split.mask * roi
+    marked, left = (x.any(axis=(1, 2)) for x in (split.mask, mask))
+    outside = [x for x, gone in zip(split.id, marked & ~left) if gone]
+    if outside:
+        logging.warning(
+            "%s: the defects of %d images lie outside of the region of interest (%s): they count "
+            "for the image-level figures alone, and are not drawn as seen ones",
+            category, len(outside), ", ".join(outside[:5]),
+        )  # fmt: skip
+    return dataclasses.replace(split, mask=mask, has_mask=split.has_mask & (left | ~marked))
 
 
 def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]) -> Images:
@@ -353,4 +405,5 @@ def sample_maker(config: ConfigDict, data: CategoryData) -> SampleMaker:
         seen=data.seen.image,
         seen_mask=data.seen.mask,
         seen_defect=data.seen.defect,
+        roi=data.roi,
     )

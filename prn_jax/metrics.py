@@ -78,6 +78,7 @@ def rank_images(
 def rank_pixels(
     maps: Float[np.ndarray, "n h w"],
     masks: Integer[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"],
+    roi: Integer[np.ndarray, "h w"] | None = None,
 ) -> Ranking:
     """Ranks the pixels of all maps together, with the overlap of the masks' regions.
 
@@ -86,12 +87,17 @@ def rank_pixels(
     Args:
       maps: [n, h, w], higher is more anomalous.
       masks: [n, h, w], 0 normal, anything else anomalous.
+      roi: [h, w], only where it is not 0 a pixel counts; None: everywhere.
 
     Raises:
       ValueError: shapes differ, or a value is NaN.
     """
     anomalous = masks != 0
-    return _rank(maps, anomalous, _region_weights(anomalous))
+    if roi is None:
+        return _rank(maps, anomalous, _region_weights(anomalous))
+    inside = roi != 0
+    weights = _region_weights(anomalous & inside)
+    return _rank(maps[:, inside], anomalous[:, inside], weights)
 
 
 def auroc(ranking: Ranking) -> float | None:

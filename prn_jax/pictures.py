@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, TiffTags
 from scipy import ndimage
 
 from prn_jax import results
@@ -14,6 +14,7 @@ from prn_jax import results
 Row = tuple[str, list[tuple[np.ndarray, str]]]
 
 _PREDICTION = "PRN prediction"  # in the metadata of what a prediction draws
+_DESCRIPTION = TiffTags.lookup(270).value
 _OUTLINE = (255, 0, 200)  # seldom the colour of a product
 _BACKGROUND, _TEXT = (32, 33, 36), (228, 228, 228)
 # Dark to light, as perceptual colour maps go: violet, red, orange, yellow.
@@ -131,13 +132,27 @@ def save_png(path: epath.PathLike, image: Image.Image, is_prediction: bool = Fal
     results.write_file(epath.Path(path), buffer.getvalue())
 
 
+def save_map(path: pathlib.Path, values: np.ndarray) -> None:
+    """Writes an anomaly map, float32 [h, w], complete or not at all; `path` ends in .tiff or .npy.
+
+    A TIFF file has one channel of 32-bit floats, uncompressed, as MVTec AD's evaluation reads it.
+    """
+    buffer = io.BytesIO()
+    if path.suffix == ".npy":
+        np.save(buffer, values)
+    else:
+        Image.fromarray(values).save(buffer, "TIFF", tiffinfo={_DESCRIPTION: _PREDICTION})
+    results.write_file(epath.Path(path), buffer.getvalue())
+
+
 def is_prediction(path: pathlib.Path) -> bool:
     """Whether a file is a picture that a prediction wrote, which is no image of a product."""
-    if path.suffix != ".png" or not path.is_file():
+    if path.suffix not in (".png", ".tiff") or not path.is_file():
         return False
     try:
         with Image.open(path) as image:
-            return image.info.get("Description") == _PREDICTION
+            tags = getattr(image, "tag_v2", {})
+            return _PREDICTION in (image.info.get("Description"), tags.get(_DESCRIPTION))
     except Exception:  # its reader says what is wrong
         return False
 

@@ -11,7 +11,7 @@ import logging as python_logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,6 +31,23 @@ from prn_jax.models.prn import PRN, create_model
 
 # One image: a path, an image of Pillow's, or an array of levels [h, w, 3], [h, w, 1] or [h, w].
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
+
+
+class Inspection(NamedTuple):
+    """All that is known of one image, or of several.
+
+    Attributes:
+      map: in [0, 1] at the image's own size, float32 [h, w]; of several a list of them, or
+        [n, h, w] if the images were one array.
+      score: in [0, 1], float32; of several [n].
+      distance: of the whole image from normal ones, float32; of several [n]. About 1 for an image
+        as those that were trained on; from `thresholds["distance"]` on it is not of the product, or
+        the light has changed, and the map and the score mean nothing.
+    """
+
+    map: np.ndarray | list[np.ndarray]
+    score: np.ndarray | np.float32
+    distance: np.ndarray | np.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +89,16 @@ class Detector:
         batch_size: int | None = None,
         fill: bool = False,
     ) -> tuple[np.ndarray | list[np.ndarray], np.ndarray | np.float32]:
-        """Anomaly maps and scores.
+        """Anomaly maps and scores: the first two of what `inspect` returns."""
+        return self.inspect(images, batch_size, fill)[:2]
+
+    def inspect(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        batch_size: int | None = None,
+        fill: bool = False,
+    ) -> Inspection:
+        """Anomaly maps, scores, and distances of the whole images.
 
         Args:
           images: one image or several, of any sizes: arrays uint8 or uint16 [h, w, 3] or grey
@@ -82,27 +108,17 @@ class Detector:
           fill: see `evaluate.predict`.
 
         Returns:
-          For one image its map in [0, 1] at its own size, float32 [h, w], and its score in [0, 1].
-          For several their maps, float32 [n, h, w] for an array, else a list of [h, w], and their
-          scores, float32 [n].
+          See `Inspection`.
 
         Raises:
           UserError: an image has another shape or type, or its file cannot be read.
         """
         single = _is_one(images)
-        small, sizes = [], []
-        for number, image in enumerate([images] if single else _several(images)):
-            try:
-                pixels = _pixels(image, self.white_level)
-            except UserError as error:
-                raise error if single else UserError(f"image {number}: {error}") from None
-            sizes.append(pixels.shape[:2])
-            small.append(resize(pixels, self.image_size))
-        stacked = np.stack(small) if small else np.zeros((0, *self.image_size, 3), np.uint8)
-        maps, scores = evaluate.predict(
+        small, sizes = self._fit([images] if single else _several(images), single)
+        maps, scores, distances = evaluate.predict(
             self.model,
             self.variables,
-            stacked,
+            small,
             self.mesh,
             batch_size=batch_size or self.config.eval_batch_size,
             score_pixels=self.config.score_pixels,
@@ -110,10 +126,30 @@ class Detector:
         )
         sized = [resize_map(m, size) for m, size in zip(maps, sizes)]
         if single:
-            return sized[0], scores[0]
+            return Inspection(sized[0], scores[0], distances[0])
         if getattr(images, "ndim", 0) == 4:
-            return np.array(sized, np.float32).reshape(images.shape[:3]), scores
-        return sized, scores
+            sized = np.array(sized, np.float32).reshape(images.shape[:3])
+        return Inspection(sized, scores, distances)
+
+    def describe(self, images: Iterable[ImageLike], batch_size: int | None = None) -> np.ndarray:
+        """What distances of whole images are between: see `evaluate.describe`."""
+        small, _ = self._fit(images)
+        size = batch_size or self.config.eval_batch_size
+        return evaluate.describe(self.model, self.variables, small, self.mesh, size)
+
+    def _fit(
+        self, images: Iterable[ImageLike], single: bool = False
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Images at the network's size, uint8 [n, h, w, 3], and their own sizes."""
+        small, sizes = [], []
+        for number, image in enumerate(images):
+            try:
+                pixels = _pixels(image, self.white_level)
+            except UserError as error:
+                raise error if single else UserError(f"image {number}: {error}") from None
+            sizes.append(pixels.shape[:2])
+            small.append(resize(pixels, self.image_size))
+        return np.array(small, np.uint8).reshape(-1, *self.image_size, 3), sizes
 
 
 def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:

@@ -7,36 +7,29 @@ the next call, which goes on with what is missing. At the end `predictions.csv` 
 
 import collections
 import concurrent.futures
-import contextlib
-import csv
+import dataclasses
 import glob
 import hashlib
-import io
 import json
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO
 
 import numpy as np
 from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
-from prn_jax import evaluate, images, pictures, results
+from prn_jax import evaluate, explain, images, pictures, results, tables
 from prn_jax.errors import UserError, shown
-from prn_jax.predict import Detector
+from prn_jax.predict import Detector, Inspection
 from prn_jax.progress import duration
+from prn_jax.tables import Asked, Row
 
-FIELDS = ("image", "score", "verdict", "highest", "row", "column", "error")
-_PICTURES = ("heat", "overlay")
-_TABLES = ("predictions.csv", "predictions.json", "predictions.jsonl")
 _LONGEST_NAME = 200  # bytes; file systems take 255, with the ending of a picture and of a draft
 _SECONDS_PER_LINE = 30.0
-
-Row = dict[str, Any]
 
 
 # --- which files ----------------------------------------------------------------------------------
@@ -68,7 +61,7 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
         own_here = sum(_is_own(file) for file, _ in listed)
         own += own_here
         # A shell's * names an earlier output folder and pictures too.
-        if len(listed) == own_here and not own_here and not (path / _TABLES[-1]).exists():
+        if len(listed) == own_here and not own_here and not (path / tables.FILES[-1]).exists():
             raise UserError(f"{shown(pattern)}: there are no images{_left_out(skipped, own)}")
         for file, name in listed:
             if not _is_own(file):
@@ -93,7 +86,7 @@ def _left_out(skipped: list[pathlib.Path], own: int) -> str:
 
 def _is_own(path: pathlib.Path) -> bool:
     """Whether an earlier prediction wrote a file."""
-    return path.name in _TABLES or pictures.is_prediction(path)
+    return path.name in tables.FILES or pictures.is_prediction(path)
 
 
 def _matching(path: pathlib.Path) -> list[str]:
@@ -154,10 +147,10 @@ def predict_files(
     detector: Detector,
     names: dict[pathlib.Path, str],
     output: pathlib.Path,
+    asked: Asked,
     *,
-    threshold: float | None = None,
+    normals: explain.Normals | None = None,
     batch_size: int = 16,
-    with_pictures: bool = True,
 ) -> list[Row]:
     """Predicts files and writes tables and pictures; what an earlier call did is not done again.
 
@@ -168,27 +161,29 @@ def predict_files(
       detector: from `prn_jax.load`.
       names: from `find`.
       output: from `prepare`.
-      threshold: score from which an image is anomalous; None: no verdicts.
+      asked: what is asked for.
+      normals: from `explain.read`, where it is asked for explanations.
       batch_size: images at a time.
-      with_pictures: write heat maps and overlays.
 
     Returns:
-      A row per image, in the order of `names`: `FIELDS`.
+      A row per image, in the order of `names`: `tables.FIELDS`.
 
     Raises:
-      UserError: something cannot be written.
+      UserError: something cannot be written, or would replace what no prediction wrote.
     """
-    done = _earlier(output, detector)
+    if asked.maps == "tiff":
+        _check_free(output, names.values())
+    done = tables.earlier(output, detector, asked)
     rows = {
         path: done[key]
         for path, name in names.items()
-        if (key := _key(path)) in done
-        and (not with_pictures or _has_pictures(done[key], output, name))
+        if (key := tables.key(path)) in done and tables.holds(done[key], output, name, asked)
     }
     if rows:
         logging.info("%d of %d images were done before", len(rows), len(names))
     missing = [path for path in names if path not in rows]
-    if with_pictures:  # Whose pictures are overwritten now is done again when it is asked for.
+    with_files = bool(asked.pictures or asked.maps or asked.explain)
+    if with_files:  # Whose files are overwritten now is done again when it is asked for.
         taken = {names[path] for path in missing}
         done = {key: row for key, row in done.items() if row["pictures"] not in taken}
     # The last batch and one with unreadable files are filled up: no other size is compiled.
@@ -198,23 +193,29 @@ def predict_files(
     )
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     line = began = time.monotonic()
-    with _written(output, detector, done.values(), rows.values(), threshold) as write, bar:
+    with tables.written(output, detector, done.values(), rows.values(), asked) as write, bar:
         try:
             for batch in _read_ahead(pool, missing, size, detector.white_level):
                 readable = [image for _, image in batch if not isinstance(image, UserError)]
-                found = iter(zip(*detector(readable, size, fill=True)))
-                jobs = []
+                found = map(Inspection, *detector.inspect(readable, size, fill=True))
+                jobs, alarms = [], []
                 for path, image in batch:
                     if isinstance(image, UserError):
                         tqdm.write(f"skipped: {image}", file=sys.stderr)
-                        rows[path] = _failed(path, image)
+                        rows[path] = tables.failed(path, image)
                         continue
-                    values, score = next(found)
-                    name = names[path] if with_pictures else ""
-                    rows[path] = _row(path, values, float(score), name)
-                    if with_pictures:
-                        stem = output / names[path]
-                        jobs.append(pool.submit(_write_pictures, stem, image, values))
+                    one = next(found)
+                    name = names[path] if with_files else ""
+                    rows[path], mask = tables.make(path, one, name, asked)
+                    seen = _Seen(output / names[path], image, one, mask)
+                    jobs.append(pool.submit(_write_files, seen, asked))
+                    if asked.explain and asked.alarms(rows[path]):
+                        alarms.append((path, seen))
+                if alarms:
+                    nearest = explain.explain(detector, normals, [x.image for _, x in alarms])
+                    for (path, seen), (id_, normal) in zip(alarms, nearest):
+                        rows[path]["nearest"] = id_
+                        jobs.append(pool.submit(_write_why, seen, id_, normal))
                 for job in jobs:
                     job.result()
                 write([rows[path] for path, _ in batch])
@@ -226,8 +227,8 @@ def predict_files(
                     logging.info("%d of %d images  ETA %s", count, len(missing), duration(left))
         finally:
             pool.shutdown(cancel_futures=True)
-    table = [_public(rows[path], threshold) for path in names]
-    results.write_file(output / "predictions.csv", _as_csv(table))
+    table = [tables.public(rows[path], asked) for path in names]
+    results.write_file(output / "predictions.csv", tables.as_csv(table))
     results.write_file(output / "predictions.json", json.dumps(table, indent=2) + "\n")
     return table
 
@@ -253,147 +254,61 @@ def _read_ahead(
         yield [job.result() for job in ahead]
 
 
-def _write_pictures(stem: pathlib.Path, image: np.ndarray, values: np.ndarray) -> None:
-    drawn = pictures.heat(values), pictures.overlay(image, values)
-    for kind, picture in zip(_PICTURES, drawn):
-        path = stem.with_name(f"{stem.name}_{kind}.png")
-        pictures.save_png(path, Image.fromarray(picture), is_prediction=True)
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """An image, what was found in it, and where its files go."""
+
+    stem: pathlib.Path
+    image: np.ndarray
+    found: Inspection
+    mask: np.ndarray
+
+    def overlay(self) -> np.ndarray:
+        return pictures.outline(pictures.overlay(self.image, self.found.map), self.mask)
+
+    def write(self, ending: str, picture: Image.Image) -> None:
+        pictures.save_png(tables.beside(self.stem, ending), picture, is_prediction=True)
 
 
-# --- rows -----------------------------------------------------------------------------------------
+def _write_files(seen: _Seen, asked: Asked) -> None:
+    if asked.pictures:
+        seen.write("_heat.png", Image.fromarray(pictures.heat(seen.found.map)))
+        seen.write("_overlay.png", Image.fromarray(seen.overlay()))
+        if asked.pixel_threshold is not None:
+            seen.write("_mask.png", Image.fromarray(np.uint8(255 * seen.mask)))
+    if asked.maps:
+        pictures.save_map(tables.beside(seen.stem, tables.MAPS[asked.maps]), seen.found.map)
 
 
-def _key(path: pathlib.Path) -> tuple[str, int, int] | None:
-    """What tells an image from others and from what its file was before."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+def _write_why(seen: _Seen, nearest: str, normal: np.ndarray) -> None:
+    """The image, its map, and the normal image that is most like it, side by side."""
+    cells = [
+        (pictures.outline(seen.image, seen.mask), seen.stem.name),
+        (seen.overlay(), f"score {seen.found.score:.3f}"),
+        (normal, nearest),
+    ]
+    title = f"distance {seen.found.distance:.2f}; right: the most alike of the normal images"
+    seen.write("_why.png", pictures.contact_sheet([(title, cells)], cell=320))
 
 
-def _has_pictures(row: Row, output: pathlib.Path, name: str) -> bool:
-    """Whether an image's pictures are there, under the name that they are to have."""
-    stem = output / name
-    return row["pictures"] == name and all(
-        stem.with_name(f"{stem.name}_{kind}.png").exists() for kind in _PICTURES
-    )
-
-
-def _row(path: pathlib.Path, values: np.ndarray, score: float, name: str) -> Row:
-    """What is known of an image: the highest value of its map and where, its pictures' name."""
-    row, column = divmod(int(values.argmax()), values.shape[1])
-    figures = {"score": score, "highest": round(float(values.max()), 6)}
-    place = {"row": row, "column": column}
-    about = {"image": _text(path), "key": _key(path), "pictures": name}
-    return about | figures | place | {"error": ""}
-
-
-def _failed(path: pathlib.Path, error: UserError) -> Row:
-    return {"image": _text(path), "error": str(error)}
-
-
-def _text(path: pathlib.Path) -> str:
-    """A path for the tables, which are UTF-8: other bytes are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _public(row: Row, threshold: float | None) -> Row:
-    """A row of the tables."""
-    verdict = ""
-    if threshold is not None and not row["error"]:
-        verdict = "anomalous" if row["score"] >= threshold else "normal"
-    return {name: row.get(name, "") for name in FIELDS} | {"verdict": verdict}
-
-
-def _made_by(detector: Detector) -> dict[str, Any]:
-    """What tells a network's scores from another's."""
-    config = json.loads(detector.config.to_json())
-    return {"checkpoint": detector.digest, "score_pixels": config["score_pixels"]}
-
-
-def _earlier(output: pathlib.Path, detector: Detector) -> dict[tuple[str, int, int], Row]:
-    """Rows that an earlier call wrote and that still hold, by their images' keys."""
-    rows: dict[tuple[str, int, int], Row] = {}
-    lines = (output / "predictions.jsonl").read_text("utf-8", "surrogateescape").splitlines()
-    made_by = None
-    for line in lines:
-        try:
-            row = json.loads(line)
-            if "checkpoint" in row:
-                made_by = row
-            elif not row["error"] and isinstance(row["pictures"], str):
-                rows[tuple(row["key"])] = row
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a call that was killed
-    if rows and made_by != _made_by(detector):
-        logging.warning(
-            "%s holds predictions of another checkpoint: they are replaced", shown(output)
-        )
-        return {}
-    return rows
-
-
-@contextlib.contextmanager
-def _written(
-    output: pathlib.Path,
-    detector: Detector,
-    earlier: Iterable[Row],
-    chosen: Iterable[Row],
-    threshold: float | None,
-) -> Iterator:
-    """Yields what writes rows as they come; both files begin with what was there before."""
-    jsonl, table = output / "predictions.jsonl", output / "predictions.csv"
-    lines = [_made_by(detector), *earlier]
-    results.write_file(jsonl, "".join(_json_line(x) for x in lines))
-    results.write_file(table, _as_csv([_public(row, threshold) for row in chosen]))
-    with contextlib.ExitStack() as stack:
-        files = []
-
-        def write(rows: list[Row]) -> None:
-            try:
-                if not files:
-                    files.extend(
-                        stack.enter_context(path.open("a", encoding="utf-8", newline=""))
-                        for path in (jsonl, table)
-                    )
-                texts = (
-                    "".join(_json_line(x) for x in rows),
-                    _as_csv([_public(row, threshold) for row in rows], header=False),
-                )
-                for file, text in zip(files, texts):
-                    _append(file, text)
-            except OSError as error:
-                raise UserError(f"cannot write to {shown(output)}: {error.strerror}") from error
-
-        yield write
-
-
-def _append(file: TextIO, text: str) -> None:
-    file.write(text)
-    file.flush()
-
-
-def _json_line(content: dict[str, Any]) -> str:
-    return json.dumps(content) + "\n"  # ASCII: what is not text in a path stays escaped
-
-
-def _as_csv(rows: Sequence[Row], header: bool = True) -> str:
-    text = io.StringIO()
-    # By itself Python 3.11 quotes a line feed in a name, but no carriage return.
-    quoting = csv.QUOTE_ALL if any("\r" in row["image"] for row in rows) else csv.QUOTE_MINIMAL
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n", quoting=quoting)
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _check_free(output: pathlib.Path, names: Iterable[str]) -> None:
+    for name in names:
+        path = tables.beside(output / name, tables.MAPS["tiff"])
+        if path.exists() and not pictures.is_prediction(path):
+            raise UserError(
+                f"{shown(path)} would be replaced by a map: give another --output, or --maps=npy"
+            )
 
 
 def summary(rows: Sequence[Row], seconds: float, output: pathlib.Path) -> str:
     """What was found, as one line."""
     counts = collections.Counter(row["verdict"] for row in rows if row["verdict"])
     errors = sum(bool(row["error"]) for row in rows)
+    unfamiliar = sum(row["unfamiliar"] == "yes" for row in rows)
     parts = [f"{count} {verdict}" for verdict, count in sorted(counts.items())]
+    parts += [f"{unfamiliar} unfamiliar (not the product, or the light has changed)"] * (
+        unfamiliar > 0
+    )
     parts += [f"{errors} could not be read"] if errors else []
     return (
         f"{len(rows)} images in {duration(seconds)}: {', '.join(parts) or 'no verdicts'}; "

@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from prn_jax import metrics, pictures, results
+from prn_jax import explain, metrics, pictures, results
 from prn_jax.errors import UserError
 
 # Longest side of a test image on the page, in pixels.
@@ -126,12 +126,24 @@ def _run_data(name: str, folder: epath.Path, run: Run) -> dict[str, Any]:
         "name": name,
         "about": about,
         "threshold": run["thresholds"]["image"],
+        "rates": run["thresholds"].get("rates", []),
+        "distance": run["thresholds"].get("distance"),
+        "normals": _normals(folder, run),
         "width": width,
         "height": height,
         "images": images,
-        "charts": _charts(folder, run, stored["mask"], maps),
+        "charts": _charts(folder, run, stored, maps),
         "provenance": json.dumps(provenance, indent=2),
     }
+
+
+def _normals(folder: epath.Path, run: Run) -> dict[str, str]:
+    """The normal training images that test images are most like, by their ids."""
+    wanted = {entry["nearest"] for entry in run["test"] if "nearest" in entry}
+    if not wanted:
+        return {}
+    normals = explain.read(folder)
+    return {x: _embed(normals.picture(i)) for i, x in enumerate(normals.id) if x in wanted}
 
 
 def _embed(image: np.ndarray) -> str:
@@ -175,13 +187,13 @@ def _cells(figures: dict[str, float | None], paper: dict[str, float] | None) -> 
 # --- charts, as SVG -------------------------------------------------------------------------------
 
 
-def _charts(folder: epath.Path, run: Run, masks: np.ndarray, maps: np.ndarray) -> str:
+def _charts(folder: epath.Path, run: Run, stored: dict[str, np.ndarray], maps: np.ndarray) -> str:
     scores = np.array([entry["score"] for entry in run["test"]])
     labels = np.array([entry["defect"] != "good" for entry in run["test"]])
     charts = [_histogram(scores, labels)]
     rankings = [
         ("images", metrics.rank_images(scores, labels)),
-        ("pixels", metrics.rank_pixels(maps, masks)),
+        ("pixels", metrics.rank_pixels(maps, stored["mask"], stored.get("roi"))),
     ]
 
     def curves(curve) -> list[Line]:

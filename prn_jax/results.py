@@ -80,7 +80,11 @@ def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, An
 
 
 def write_predictions(
-    folder: epath.PathLike, images: np.ndarray, masks: np.ndarray, maps: np.ndarray
+    folder: epath.PathLike,
+    images: np.ndarray,
+    masks: np.ndarray,
+    maps: np.ndarray,
+    roi: np.ndarray | None = None,
 ) -> None:
     """Writes `predictions.npz` of one category: what a report shows, in the order of `test`.
 
@@ -89,14 +93,16 @@ def write_predictions(
       images: uint8 [n, h, w, 3].
       masks: uint8 [n, h, w] in {0, 1}.
       maps: float32 [n, h, w] in [0, 1]; stored as float16.
+      roi: where an image counts, uint8 [h, w]; None: everywhere.
     """
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, image=images, mask=masks, map=maps.astype(np.float16))
+    region = {} if roi is None else {"roi": roi}
+    np.savez_compressed(buffer, image=images, mask=masks, map=maps.astype(np.float16), **region)
     write_file(epath.Path(folder) / "predictions.npz", buffer.getvalue())
 
 
 def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
-    """Reads `predictions.npz`: `image`, `mask` and `map` (float16).
+    """Reads `predictions.npz`: `image`, `mask`, `map` (float16), and `roi` where there is one.
 
     Raises:
       UserError: it is missing or damaged.
@@ -104,7 +110,7 @@ def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
     path = epath.Path(folder) / "predictions.npz"
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
-            return {name: stored[name] for name in ("image", "mask", "map")}
+            return {name: stored[name] for name in {"image", "mask", "map", *stored}}
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{shown(path)} is missing or damaged: remove results.json beside it and run the "

@@ -233,6 +233,7 @@ def train(
     write_scalars: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int, PRN, dict[str, Tree]], None] | None = None,
     allow_config_change: bool = False,
+    roi: np.ndarray | None = None,
 ) -> Trained:
     """Trains one category to its last step, from the newest checkpoint if there is one.
 
@@ -246,6 +247,7 @@ def train(
       write_scalars: receives the losses of a log step.
       evaluate: called with the step and the network every `config.eval_every` steps.
       allow_config_change: go on although the checkpoint is made of something else.
+      roi: where an image counts, uint8 [h, w] in {0, 1}; default: everywhere.
 
     Raises:
       UserError: the batch does not divide, the checkpoint is made of something else, or the loss is
@@ -262,7 +264,9 @@ def train(
     )
     model = create_model(config, clusters)
     optimizer = create_optimizer(config, steps)
-    state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh)
+    roi = np.ones(normal_images.shape[1:3], np.uint8) if roi is None else roi
+    interest = {"interest": {"mask": meshes.replicate(mesh, roi)}}
+    state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh, interest)
     train_step = make_train_step(config, model, optimizer, mesh)
     start = int(state.step)
 
@@ -328,16 +332,20 @@ def _resumable(checkpoints: Checkpoints, identity: Identity, allow_change: bool)
     return identity
 
 
-def _start(config, model, optimizer, normal_images, checkpoints, mesh) -> tuple[TrainState, Tree]:
+def _start(
+    config, model, optimizer, normal_images, checkpoints, mesh, interest
+) -> tuple[TrainState, Tree]:
     """The newest checkpoint's state, or a fresh one with its prototypes."""
     if checkpoints.latest_step() is not None:
         network, rest = checkpoints.restore(*_abstract(config, model, optimizer, mesh))
         frozen = {name: network.pop(name) for name in ("backbone", "prototypes")}
+        frozen["prototypes"] |= interest
         average = network if config.optimizer.average else None
         return TrainState(**(network | rest), average=average), frozen
     variables = meshes.replicate(mesh, create_variables(config, model))
     began = time.monotonic()
-    stored = fit_prototypes(config, model, variables, normal_images, mesh)
+    known = variables | {"prototypes": interest}
+    stored = interest | fit_prototypes(config, model, known, normal_images, mesh)
     logging.info(
         "%d %s per scale (%.0f MB in all) from %d normal images in %.1f s",
         *(

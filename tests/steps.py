@@ -79,7 +79,7 @@ def run(config, data, batches, mesh, prototypes, dtype=np.float32):
         state, values = step(state, frozen, meshes.shard(mesh, batch))
         losses.append(float(values["loss"]))
     variables = {"params": state.params, "batch_stats": state.batch_stats, **frozen}
-    maps, scores = predict(model, variables, data, mesh)
+    maps, scores, _ = predict(model, variables, data, mesh)
     found = metrics.evaluate_maps(maps, data.test.mask, scores, data.test.label)
     return model, variables, np.array(losses), scores, found
 

@@ -53,6 +53,20 @@ def test_what_differs_is_named_and_refused(name):
         assert make().check(make(**changes), "the checkpoint", allow=True).changes
 
 
+def test_what_was_trained_on_never_says_what_a_threshold_promises():
+    held = make(changed_config := default.get_config(), held=("train/good/1",))
+    changed_config.data.holdout = 0.1
+    more = dataclasses.replace(held, held=("train/good/1", "train/good/2"))
+    for allow in (False, True):
+        with pytest.raises(UserError, match=r"\(train/good/2\) would set its thresholds"):
+            held.check(more, "the checkpoint", allow)
+    assert not more.check(held, "the checkpoint", True).differences(held)
+    # A run of before there was a share to hold out is one that held nothing out.
+    stored = make().as_json()
+    del stored["held"], stored["config"]["data"]["holdout"], stored["config"]["thresholds"]
+    assert not Identity.from_json(stored).differences(make())
+
+
 def test_what_changes_no_figure_may_differ():
     config = default.get_config()
     config.update(log_every=3, eval_batch_size=8, eval_every=5)

@@ -209,3 +209,14 @@ def test_the_seen_split_is_cpr_s_rule():
 def test_the_first_batches_meet_their_shares(reference):
     kinds = np.concatenate([batch["kind"] for batch in reference])
     assert np.bincount(kinds).tolist() == [24, 6, 6, 12]
+
+
+def test_what_is_held_out_is_a_draw_of_its_seed_that_leaves_something_to_train_on():
+    ids = [f"train/good/{i:03d}" for i in range(20)]
+    held = input_pipeline.holdout_split(ids[::-1], 0.1, 3)
+    assert held == input_pipeline.holdout_split(ids, 0.1, 3)
+    assert len(held) == 2
+    assert set(held) < set(ids)
+    assert len({tuple(input_pipeline.holdout_split(ids, 0.1, seed)) for seed in range(9)}) > 5
+    assert input_pipeline.holdout_split(ids, 0.0, 3) == []
+    assert len(input_pipeline.holdout_split(ids, 0.999, 3)) == 19

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import default
-from prn_jax import evaluate, pictures, predictions
+from prn_jax import evaluate, explain, pictures, predictions
 from prn_jax import mesh as meshes
+from prn_jax import predict as predict_module
 from prn_jax.errors import UserError
 from prn_jax.models.prn import PRN
+from prn_jax.tables import Asked
 
 
 @dataclasses.dataclass
@@ -34,13 +36,17 @@ class Stub:
     mesh: object = dataclasses.field(default_factory=lambda: meshes.create_mesh(jax.devices()[:1]))
     sizes: list = dataclasses.field(default_factory=list)
 
-    def __call__(self, images, batch_size, fill=False):
+    def inspect(self, images, batch_size, fill=False):
         self.sizes.append(batch_size if fill else len(images))
         if self.calls + len(images) > self.stop_after:
             raise KeyboardInterrupt
         self.calls += len(images)
         maps = [np.full(x.shape[:2], x.mean() / 255, np.float32) for x in images]
-        return maps, np.array([m.max(initial=0) for m in maps], np.float32)
+        scores = np.array([m.max(initial=0) for m in maps], np.float32)
+        return predict_module.Inspection(maps, scores, 2 * scores)
+
+    def describe(self, images):
+        return np.array([[x.mean()] for x in images])
 
 
 def draw(path, level, size=(5, 4), **options):
@@ -48,15 +54,24 @@ def draw(path, level, size=(5, 4), **options):
     Image.fromarray(np.full((*size, 3), level, np.uint8)).save(path, **options)
 
 
-def predict(folder, output, stub, *, threshold=0.5, **options):
+def predict(folder, output, stub, *, batch_size=16, normals=None, **asked):
     names = predictions.find([str(folder)])
+    asked = Asked(**{"threshold": 0.5} | asked)
     output = predictions.prepare(output)
-    return predictions.predict_files(stub, names, output, threshold=threshold, **options)
+    return predictions.predict_files(
+        stub, names, output, asked, normals=normals, batch_size=batch_size
+    )
 
 
 def table(output):
     with (output / "predictions.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def flat(row):
+    """A row as the CSV table has it."""
+    count = len(row["regions"]) if row["regions"] != "" else ""
+    return {name: str(value) for name, value in (row | {"regions": count}).items()}
 
 
 @pytest.fixture
@@ -91,7 +106,7 @@ def test_a_second_call_does_only_what_is_new_and_reads_no_picture_of_the_first(f
 
 def test_pictures_that_were_left_out_are_made_when_asked_for(folder, tmp_path):
     output = tmp_path / "out"
-    predict(folder, output, Stub(), with_pictures=False)
+    predict(folder, output, Stub(), pictures=False)
     assert not list(output.rglob("*.png"))
     again = Stub()
     predict(folder, output, again)
@@ -149,6 +164,113 @@ def test_an_output_that_cannot_be_written_is_one_line(folder, tmp_path):
         predict(folder, tmp_path / "file", Stub())
 
 
+# --- what one can work with -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Spots(Stub):
+    """A detector whose map is the image's brightness."""
+
+    def inspect(self, images, batch_size, fill=False):
+        found = super().inspect(images, batch_size, fill)
+        return found._replace(map=[np.float32(x.mean(-1) / 255) for x in images])
+
+
+def spotted(path, *spots, size=(30, 40)):
+    """A grey image with bright rectangles: (row, column, height, width)."""
+    image = np.full((*size, 3), 20, np.uint8)
+    for row, column, height, width in spots:
+        image[row : row + height, column : column + width] = 220
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def test_masks_and_regions_are_cut_at_the_pixel_threshold(tmp_path):
+    output = tmp_path / "out"
+    spotted(tmp_path / "in/a ü.png", (2, 3, 4, 5), (20, 30, 2, 3), (22, 33, 2, 1), (10, 10, 1, 1))
+    spotted(tmp_path / "in/b.png")
+    stub = Spots()
+    (a, b) = predict(tmp_path / "in", output, stub, pixel_threshold=0.5)
+    # The second touches the third by a corner.
+    assert [x["area"] for x in a["regions"]] == [20, 8, 1]
+    box = {x: a["regions"][1][x] for x in ("row", "column", "height", "width")}
+    assert box == {"row": 20, "column": 30, "height": 4, "width": 4}
+    assert a["regions"][0]["peak"] == a["regions"][0]["mean"] == pytest.approx(220 / 255, abs=1e-6)
+    assert (b["regions"], b["largest"]) == ([], 0)
+    assert [(x["regions"], x["largest"]) for x in table(output)] == [("3", "20"), ("0", "0")]
+    mask = np.asarray(Image.open(output / "a ü_mask.png"))
+    assert set(np.unique(mask)) == {0, 255}
+    assert (mask == 255).sum() == 29
+    # Around the regions the overlay has an outline.
+    overlay = np.asarray(Image.open(output / "a ü_overlay.png"))
+    assert (overlay[1, 3:8] == overlay[1, 3]).all()
+    assert (overlay[1, 4] != overlay[15, 20]).any()
+    # Another least area is another prediction, and so is another pixel threshold.
+    (a, _) = predict(tmp_path / "in", output, stub, pixel_threshold=0.5, min_area=9)
+    assert [x["area"] for x in a["regions"]] == [20]
+    assert (np.asarray(Image.open(output / "a ü_mask.png")) == 255).sum() == 20
+    assert stub.calls == 4
+    predict(tmp_path / "in", output, stub, pixel_threshold=0.5, min_area=9, threshold=0.1)
+    assert stub.calls == 4
+
+
+def test_maps_lie_where_the_benchmarks_own_evaluation_reads_them(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    for name in ("good/000", "broken/000", "broken/001"):
+        spotted(tmp_path / f"mvtec/bottle/test/{name}.png", (3, 4, 5, 6))
+    images, maps = tmp_path / "mvtec/bottle/test", tmp_path / "maps"
+    stub = Spots()
+    predict(images, maps / "bottle/test", stub, pixel_threshold=0.5, maps="tiff")
+    # <anomaly_maps_dir>/<object>/test/<defect>/<image>.tiff: one real number per pixel.
+    for image in images.rglob("*.png"):
+        found = tifffile.imread(maps / "bottle/test" / image.parent.name / f"{image.stem}.tiff")
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, np.asarray(Image.open(image)).mean(-1) / 255, rtol=1e-6)
+    # They are no images, and they are not made twice.
+    with pytest.raises(UserError, match="left out 12 files of earlier predictions|no images"):
+        predictions.find([str(maps)])
+    predict(images, maps / "bottle/test", stub, pixel_threshold=0.5, maps="tiff")
+    assert stub.calls == 3
+    (maps / "bottle/test/good/000.tiff").unlink()
+    predict(images, maps / "bottle/test", stub, pixel_threshold=0.5, maps="tiff")
+    assert stub.calls == 4
+    predict(images, maps / "bottle/test", stub, pixel_threshold=0.5, maps="npy")
+    assert np.load(maps / "bottle/test/good/000_map.npy").dtype == np.float32
+
+
+def test_a_map_replaces_no_image(tmp_path):
+    draw(tmp_path / "a.tiff", 100)
+    before = (tmp_path / "a.tiff").read_bytes()
+    with pytest.raises(UserError, match=r"a.tiff would be replaced by a map"):
+        predict(tmp_path, tmp_path, Stub(), maps="tiff")
+    assert (tmp_path / "a.tiff").read_bytes() == before
+
+
+def test_an_alarm_is_explained_by_the_normal_image_most_like_it(folder, tmp_path):
+    levels = [10, 120, 240]
+    pictured = np.array([np.full((8, 6, 3), x, np.uint8) for x in levels])
+    made = explain.Normals.of(["dark", "grey", "ü"], pictured, np.float32(levels)[:, None])
+    made.write(tmp_path)
+    normals = explain.read(tmp_path)
+    assert normals.id == made.id
+    assert np.abs(normals.picture(2).astype(int) - 240).max() < 5
+    output, stub = tmp_path / "out", Stub()
+    asked = {"normals": normals, "explain": True, "distance": 0.8}
+    rows = predict(folder, output, stub, **asked)
+    # Anomalous from a level of 127 on, unfamiliar from one of 102.
+    assert [row["unfamiliar"] for row in rows] == ["no"] * 5 + ["yes"] * 5
+    assert [row["nearest"] for row in rows] == [""] * 5 + ["grey"] * 3 + ["ü"] * 2
+    assert len(list(output.glob("*_why.png"))) == 5
+    assert predict(folder, output, stub, **asked) == rows
+    assert stub.calls == 10
+    # What is an alarm only now is explained now.
+    rows = predict(folder, output, stub, **asked | {"threshold": 0.35})
+    assert [row["nearest"] for row in rows][3:5] == ["", "grey"]
+    assert stub.calls == 11
+    with pytest.raises(UserError, match=r"normals.npz is missing or damaged"):
+        explain.read(tmp_path / "elsewhere")
+
+
 # --- fuzz -----------------------------------------------------------------------------------------
 
 _ODD = [
@@ -198,10 +320,11 @@ def make(root, nested, name, ending, kind, height, width):
         path.write_bytes(content)
 
 
-def named(output, stub, *paths, **options):
+def named(output, stub, *paths, batch_size=16, **asked):
     """A prediction of files as a shell lists them."""
     names = predictions.find([str(path) for path in paths])
-    return predictions.predict_files(stub, names, predictions.prepare(output), **options)
+    output = predictions.prepare(output)
+    return predictions.predict_files(stub, names, output, Asked(**asked), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("output", [".", "predictions"])
@@ -209,7 +332,7 @@ def named(output, stub, *paths, **options):
 def test_what_a_shell_lists_may_hold_an_earlier_prediction(folder, output, with_pictures):
     for calls in (10, 0, 0):
         stub = Stub()
-        rows = named(folder / output, stub, *folder.iterdir(), with_pictures=with_pictures)
+        rows = named(folder / output, stub, *folder.iterdir(), pictures=with_pictures)
         assert (len(rows), stub.calls) == (10, calls)
     with pytest.raises(UserError, match="there are no images; .*left out"):
         named(folder / "other", Stub(), *folder.rglob("predictions.*"))
@@ -257,12 +380,13 @@ def test_a_tail_and_unreadable_files_are_computed_in_the_same_size(folder, monke
 
     def step(variables, images):
         shapes.add(len(images))
-        return images[..., 0].astype(np.float32), images[:, 0, 0, 0].astype(np.float32)
+        first = images[:, 0, 0, 0].astype(np.float32)
+        return images[..., 0].astype(np.float32), first, first
 
     monkeypatch.setattr(evaluate, "_cached_step", lambda *_: step)
     for count in range(1, 40):
         images = np.full((count, 2, 2, 3), np.arange(count)[:, None, None, None], np.uint8)
-        _, scores = evaluate.predict(PRN(), None, images, stub.mesh, batch_size=32)
+        _, scores, _ = evaluate.predict(PRN(), None, images, stub.mesh, batch_size=32)
         assert scores.tolist() == list(range(count))
     assert shapes == {1, 4, 16, 32}
 
@@ -308,7 +432,7 @@ def test_any_tree_is_predicted_or_refused_in_one_line(files):
         assert len(rows) == len(wanted)
         escaped = sorted(x.decode("utf-8", "backslashreplace") for x in wanted)
         assert sorted(row["image"] for row in rows) == escaped
-        assert table(output) == [{k: str(v) for k, v in row.items()} for row in rows]
+        assert table(output) == [flat(row) for row in rows]
         assert json.loads((output / "predictions.json").read_text()) == rows
         for row in rows:
             assert bool(row["error"]) != bool(row["verdict"])

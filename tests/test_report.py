@@ -1,13 +1,14 @@
 """The report, in a real browser where there is one."""
 
 import contextlib
+import re
 import shutil
 
 import numpy as np
 import pytest
 from clu import metric_writers
 
-from prn_jax import report, results
+from prn_jax import explain, report, results
 from prn_jax.errors import UserError
 
 SIZE = (40, 56)
@@ -28,11 +29,34 @@ def make_run(workdir, category, normal=12, anomalous=9):
         "category": category,
         "dataset": "mvtec_ad",
         "metrics": dict.fromkeys(results.COLUMNS, 0.9),
-        "thresholds": {"image": 0.5, "pixel": 0.5, "source": "F1-max on the test split"},
+        "thresholds": {
+            "image": 0.5,
+            "pixel": 0.5,
+            "distance": 2.0,
+            "source": "F1-max on the test split",
+            "rates": [
+                {"rate": 0.01, "images": 20, "needed": 99},
+                {
+                    "rate": 0.05,
+                    "images": 20,
+                    "value": 0.55,
+                    "recall": 0.75,
+                    "false_alarms": None,
+                    "source": "20 held-out images",
+                    "promise": "on average at most 5 %",
+                },
+            ],
+        },
         "steps": 100,
         "split": {"seed": 42, "seen": ["test/crack/100"]},
         "test": [
-            {"id": f"test/{d}/{i:03d}", "defect": d, "score": float(s)}
+            {
+                "id": f"test/{d}/{i:03d}",
+                "defect": d,
+                "score": float(s),
+                "distance": 0.3 * i,
+                "nearest": f"train/good/{i % 2}",
+            }
             for i, (d, s) in enumerate(zip(defects, scores))
         ],
         "config": {"batch_size": 8, "image_size": list(SIZE), "backbone": {"name": "resnet18"}},
@@ -44,6 +68,8 @@ def make_run(workdir, category, normal=12, anomalous=9):
     folder = workdir / category
     results.write_run(folder, run)
     results.write_predictions(folder, images, masks, maps)
+    ids = [f"train/good/{i}" for i in range(3)]
+    explain.Normals.of(ids, images[:3], rng.random((3, 5))).write(folder / "checkpoints")
     with contextlib.closing(metric_writers.SummaryWriter(str(folder))) as writer:
         for step in range(10, 101, 10):
             writer.write_scalars(step, {"loss": 1 / step, "focal": 0.1 / step})
@@ -136,6 +162,13 @@ def test_the_report_works_in_a_browser(tmp_path, browser):
     assert matrix() == expected(run["test"], lowest) != before
     find("reset").click()
     assert matrix() == before
+    # A promised rate of false alarms sets its threshold; one that is not to be had says so.
+    assert "takes 99 normal images" in find("promises").text
+    find("promises").find_element(By.TAG_NAME, "button").click()
+    assert matrix() == expected(run["test"], 0.55)
+    find("reset").click()
+    far = [entry for entry in run["test"] if entry["distance"] >= 2.0]
+    assert sum("unfamiliar" in card.text for card in cards()) == len(far)
     # Filters.
     Select(find("outcome")).select_by_value("fn")
     assert len(cards()) == before["fn"]
@@ -143,15 +176,17 @@ def test_the_report_works_in_a_browser(tmp_path, browser):
     Select(find("defect")).select_by_value("crack")
     assert len(cards()) == sum(entry["defect"] == "crack" for entry in run["test"])
     Select(find("order")).select_by_value("high")
-    shown = [float(card.text.split()[-2]) for card in cards()]
+    shown = [float(re.search(r" (\d\.\d{3}) ", " ".join(x.text.split()))[1]) for x in cards()]
     assert shown == sorted(shown, reverse=True)
     # One image, and the next by the arrow key.
     cards()[0].send_keys(Keys.ENTER)
     first = find("d-name").text
     find("detail").send_keys(Keys.ARROW_RIGHT)
     assert find("d-name").text != first
-    width = browser.execute_script("return document.getElementById('d-image').naturalWidth")
-    assert width == SIZE[1]
+    for name in ("d-image", "d-normal"):
+        width = browser.execute_script(f"return document.getElementById('{name}').naturalWidth")
+        assert width == SIZE[1]
+    assert find("d-nearest").text.startswith("train/good/")
     find("d-close").click()
     # A telephone: nothing is wider than the screen.
     browser.execute_cdp_cmd(

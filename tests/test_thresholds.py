@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import f1_score
 
 from prn_jax import thresholds
+from prn_jax.errors import UserError
 
 
 def refuse():
@@ -102,3 +104,143 @@ def test_above_normals_keeps_its_promise():
         )
         alarms.append(scores[10] >= chosen["image"])
     assert np.mean(alarms) == pytest.approx(1 / 11, abs=4 * np.sqrt(1 / 11 * 10 / 11 / 1000))
+
+
+# --- a promised rate of false alarms --------------------------------------------------------------
+
+
+def calibrated(scores):
+    """Thresholds of a run whose held-out normal images have these scores."""
+    scores = np.asarray(scores, np.float32)
+    none = np.zeros(0, np.float32)
+    held = np.zeros((len(scores), 1, 1), np.float32), scores
+    empty = np.zeros((0, 1, 1))
+    trained = np.ones((1, 1, 1), np.float32), np.ones(1, np.float32)
+    return thresholds.choose(none, none, empty, empty, lambda: trained, held=held)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("count", "rate"), [(21, 0.05), (99, 0.01), (40, 0.1), (19, 0.05)])
+def test_false_alarms_are_as_rare_as_promised(count, rate, ties):
+    """A thousand runs, each with its own held-out images and its own two hundred new ones."""
+    rng = np.random.default_rng(count)
+    shares, inside = [], []
+    for _ in range(1000):
+        drawn = rng.gamma(2.0, 0.1, count + 200)
+        scores = np.round(drawn, 1 if ties else 9).astype(np.float32)
+        found = thresholds.for_false_alarms(calibrated(scores[:count]), rate)
+        shares.append(np.mean(scores[count:] >= found["value"]))
+        rate_of_these = stats.gamma.sf(found["value"], 2.0, scale=0.1)
+        inside.append(found["range"][0] <= rate_of_these <= found["range"][1])
+    # Counted here by the definition, in whole numbers: floor((n + 1) rate) of the n + 1 may alarm.
+    promised = round((count + 1) * rate * 1e6) // 10**6 / (count + 1)
+    error = 4 * np.std(shares) / np.sqrt(1000)
+    assert np.mean(shares) <= promised + error
+    if not ties:  # then it is no more cautious than it must be
+        assert np.mean(shares) == pytest.approx(promised, abs=error)
+        assert np.mean(inside) == pytest.approx(0.9, abs=0.04)
+
+
+def test_the_conformal_threshold_is_the_kth_smallest_score():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 19, 20, 99, 100, 199):
+        scores = rng.random(count).astype(np.float32)
+        for rate in (0.005, 0.01, 0.05, 0.07, 0.29, 0.5):
+            # In hundredths of a per cent, where no rounding lifts the rank.
+            rank = -((count + 1) * (10_000 - round(10_000 * rate)) // -10_000)
+            if rank > count:
+                least = next(n for n in range(999) if (n + 1) * round(10_000 * rate) >= 10_000)
+                with pytest.raises(UserError, match=f"takes {least} normal .*there are {count};"):
+                    thresholds.for_false_alarms(calibrated(scores), rate)
+                continue
+            value = thresholds.for_false_alarms(calibrated(scores), rate)["value"]
+            kth = np.sort(scores)[rank - 1]
+            assert kth < np.float32(value) <= np.nextafter(kth, np.float32(2))
+
+
+def test_too_few_images_are_said_with_how_many_it_takes(caplog):
+    caplog.set_level("INFO")
+    none, one = np.zeros(0, np.float32), np.ones(1)
+    labels = np.array([0, 1])
+    rows = thresholds.at_rates(calibrated([0.1] * 20), (0.001, 0.01, 0.05), labels, labels)
+    assert [row.get("needed") for row in rows] == [999, 99, None]
+    assert rows[2]["recall"] == 1.0
+    assert rows[2]["false_alarms"] == 0.0
+    thresholds.log_rates(rows)
+    assert "20 normal images promise at best 4.76 % false alarms" in caplog.text
+    assert "0.1 % takes 999, 1 % takes 99" in caplog.text
+    # Every score alike: nothing that is no higher is an alarm.
+    assert rows[2]["value"] > np.float32(0.1)
+    with pytest.raises(UserError, match=r"takes 99 normal .* there are 1; 1 promise .* 50 %"):
+        thresholds.for_false_alarms(calibrated([0.5]), 0.01)
+    assert thresholds.for_false_alarms(calibrated([0.5]), 0.5)["value"] > 0.5
+    nothing = calibrated(none)
+    assert nothing["normal"] is None
+    assert thresholds.at_rates(nothing, (0.5,), none, none) == []
+    for without in (nothing, {}):
+        with pytest.raises(UserError, match=r"takes 1 normal .*, and there are 0; train with"):
+            thresholds.for_false_alarms(without, 0.5)
+    with pytest.raises(UserError, match="a share of false alarms of 5: give one between"):
+        thresholds.for_false_alarms(calibrated(one), 5)
+
+
+def test_test_images_promise_only_where_they_decide_nothing_else():
+    scores, labels, maps, masks = made(20, 15)
+    held = maps[:5] + 1, np.linspace(0.1, 0.2, 5, dtype=np.float32)
+    both = thresholds.choose(scores, labels, maps, masks, refuse, held=held)
+    alone = thresholds.choose(scores, labels, maps, masks, refuse)
+    assert both["image"] == alone["image"]
+    assert both["pixel"] == alone["pixel"]
+    assert both["normal"] == {
+        "source": "5 held-out images, all normal", "values": held[1].tolist()
+    }  # fmt: skip
+    assert alone["normal"] is None
+    # Nothing else is chosen by distances: those of normal test images count.
+    assert alone["distance"] is thresholds.select_distance(alone, 0.1) is None
+    whole = np.arange(1, 36, dtype=np.float32), np.full(5, 30, np.float32)
+    found = thresholds.choose(scores, labels, maps, masks, refuse, held=held, distances=whole)
+    assert found["distance"] == pytest.approx(30)
+    assert found["distance"] > 30
+    assert thresholds.select_distance(found, 0.01)["value"] == found["distance"]
+    # One in five of 26: the 21st smallest of 1 to 20 and five times 30.
+    assert thresholds.select_distance(found, 0.2)["value"] == pytest.approx(30)
+    assert thresholds.select_distance(found, 0.25)["value"] == pytest.approx(20)
+    normal = labels == 0
+    given = scores[normal], labels[normal], maps[normal], masks[normal]
+    found = thresholds.choose(*given, refuse, held=held)
+    assert found["normal"]["values"] == sorted([*held[1].tolist(), *scores[normal].tolist()])
+    assert found["basis"]["image"]["source"] == (
+        "above all 5 held-out and 20 test images, all normal"
+    )
+    assert found["pixel"] > held[0].max()
+
+
+def test_the_least_cost_is_found():
+    scores, labels, maps, masks = made(30, 25, seed=3)
+    chosen = thresholds.choose(scores, labels, maps, masks, refuse)
+    for miss, alarm in ((1, 1), (100, 1), (1, 100), (1e6, 1), (1, 1e6)):
+
+        def cost(at, miss=miss, alarm=alarm):
+            called = scores >= at
+            return miss * (~called & (labels == 1)).sum() + alarm * (called & (labels == 0)).sum()
+
+        found = thresholds.for_costs(chosen, miss, alarm)
+        assert cost(found["value"]) == min(cost(at) for at in [*scores, 2.0])
+        assert np.abs(scores - found["value"]).min() > 0
+        assert "on 55 test images" in found["source"]
+    with pytest.raises(UserError, match="without test images of both kinds"):
+        thresholds.for_costs({}, 1, 1)
+    with pytest.raises(UserError, match="greater than 0"):
+        thresholds.for_costs(chosen, 0, 1)
+
+
+def test_one_way_to_ask_for_a_threshold():
+    scores, labels, maps, masks = made(30, 25)
+    chosen = thresholds.choose(scores, labels, maps, masks, refuse)
+    assert thresholds.select(None) is None
+    assert thresholds.select(chosen)["value"] == chosen["image"]
+    assert thresholds.select(None, threshold=0.0)["value"] == 0.0
+    with pytest.raises(UserError, match="both --cost_of_miss and"):
+        thresholds.select(chosen, cost_of_miss=1.0)
+    with pytest.raises(UserError, match="give one of --threshold"):
+        thresholds.select(chosen, threshold=0.5, max_false_alarms=0.1)

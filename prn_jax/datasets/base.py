@@ -29,6 +29,7 @@ from absl import logging
 from etils import epath
 
 from prn_jax import images
+from prn_jax.datasets import roi
 from prn_jax.datasets.layout import GOOD, Example, read_mask
 from prn_jax.errors import UserError, is_plain, shown
 
@@ -41,8 +42,8 @@ def fingerprint(folder: pathlib.Path, examples: Iterable[Example]) -> str:
     """Hashes what a category's files are, to notice when they change.
 
     Names, sizes, the images' last 4 KiB (a PNG ends in its checksum; uncompressed pixels of another
-    photograph differ there by their noise) and the whole masks. No times: hosts that share the
-    TFRecords may have copied the raw files at different ones.
+    photograph differ there by their noise), the whole masks, the region of interest. No times:
+    hosts that share the TFRecords may have copied the raw files at different ones.
     """
     digest = hashlib.sha256()
     for example in examples:
@@ -58,6 +59,7 @@ def fingerprint(folder: pathlib.Path, examples: Iterable[Example]) -> str:
                 raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from error
             name = os.fsencode(path.relative_to(folder))
             digest.update(b"%s\0%s\0%d\0" % (example.split.encode(), name, size) + end)
+    digest.update(roi.content(folder))
     return digest.hexdigest()
 
 
@@ -306,6 +308,9 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         examples, stray = self._scan_sorted(source)
         self.info.metadata["fingerprint"] = fingerprint(source, examples)
         self._start_report(stray)
+        self._region = roi.read(source)
+        if self._region is not None:
+            self.info.metadata["roi"] = roi.to_text(self._region)
         self._white = self._find_white(examples)
         self.info.metadata["white_level"] = self._white
         return {
@@ -341,6 +346,10 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 self._report["several images in a file, the first is read"].append(example.image)
             if picture.levels.dtype != np.uint8 and picture.levels.max(initial=0) > self._white:
                 self._report[f"levels above {self._white}, clipped"].append(example.image)
+            if roi.stretched(self._region, size):
+                self._report[f"of other proportions than {roi.NAME}, stretched"].append(
+                    example.image
+                )
             mask = read_mask(example, size)
             defect = example.defect
             if defect is None:

@@ -12,7 +12,8 @@ from prn_jax.models.decoder import Decoder
 from prn_jax.models.fusion import MultiScaleFusion
 from prn_jax.models.layers import Dtype, conv1x1
 from prn_jax.models.memory import PatchMap, PatchResidual, window_residuals
-from prn_jax.models.prototypes import PrototypeResidual, Relative
+from prn_jax.models.prototypes import PrototypeResidual
+from prn_jax.models.whole import OUTSIDE, RegionOfInterest, WholeImage, describe
 
 SCALES = 3  # stages 1 to 3, at strides 4, 8, 16, have prototypes
 
@@ -21,8 +22,8 @@ class PRN(nn.Module):
     """Prototypical residual network: uint8 images -> one anomaly logit per pixel.
 
     Variable collections: `params` (trained), `batch_stats` (the decoder's), `backbone` (frozen
-    stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], and
-    `relative_i_j/mean`, [c], for residual j of scale i; float32).
+    stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], and those of
+    `whole.py`: `interest/mask`, `whole/centres` and `whole/spread`).
 
     Attributes:
       backbone_name: a key of `BACKBONES`.
@@ -31,12 +32,12 @@ class PRN(nn.Module):
       attention_layers: N of Fig. 3.
       divisions: see `MultiSizeAttention`.
       use_prototypes: the residuals of whole maps are an input.
-      use_relative: residuals are in multiples of what normal images have.
       use_fusion: scales are fused; otherwise each goes its own way to the decoder.
       num_patches: m of each scale of `memory_scales`; 0: no memory of patches.
       memory_scales: scales with a memory, counted from 1.
       window: see `window_residuals`; 0: none.
       use_stem: the decoder sees what enters stage 1, at stride 2.
+      num_centres: of `WholeImage`.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       dtype: compute type; parameters, statistics, distances and logits are float32.
     """
@@ -47,12 +48,12 @@ class PRN(nn.Module):
     attention_layers: int = 3
     divisions: tuple[int, ...] = (1, 2, 4, 8)
     use_prototypes: bool = True
-    use_relative: bool = False
     use_fusion: bool = True
     num_patches: int = 0
     memory_scales: tuple[int, ...] = (1, 2, 3)
     window: int = 0
     use_stem: bool = False
+    num_centres: int = 1
     trained: bool = True
     dtype: Dtype = jnp.float32
 
@@ -63,7 +64,8 @@ class PRN(nn.Module):
         self.scale = [PrototypeResidual(self.num_prototypes) for _ in range(SCALES)]
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
         self.patch_map = PatchMap()
-        self.relative = [[Relative() for _ in range(3)] for _ in range(SCALES)]
+        self.interest = RegionOfInterest()
+        self.whole = WholeImage(self.num_centres)
         self.join = [conv1x1(x, self.dtype) for x in self._channels()]
         self.fuse_features = MultiScaleFusion(self.dtype)
         self.fuse_residuals = MultiScaleFusion(self.dtype)
@@ -78,14 +80,23 @@ class PRN(nn.Module):
         self, image: UInt8[Array, "b height width 3"], train: bool = False
     ) -> Float[Array, "b height width"]:
         """Logits of a batch of images; height and width are divisible by 32."""
+        return self.inspect(image, train)[0]
+
+    def inspect(
+        self, image: UInt8[Array, "b height width 3"], train: bool = False
+    ) -> tuple[Float[Array, "b height width"], Float[Array, " b"]]:
+        """Logits, `OUTSIDE` where the image does not count, and `WholeImage`'s distances."""
         stem, *features, deepest = self._stages(image)
+        mask = self.interest(*image.shape[1:3])
+        logits = jnp.where(mask > 0, self._logits(stem, features, deepest, train), OUTSIDE)
+        return logits, self.whole(describe(image, tuple(features), mask))
+
+    def _logits(self, stem: Array, features: list[Array], deepest: Array, train: bool) -> Array:
         found = [self._residuals(scale, x) for scale, x in enumerate(features)]
         if not self.trained:
             strides = tuple(scale + 1 for scale in self.memory_scales)
             return self.patch_map(tuple(found[x - 1][-1] for x in self.memory_scales), strides)
         maps = self._fuse(self.fuse_features, features)
-        if self.use_relative:
-            found = [[f(x) for f, x in zip(*both)] for both in zip(self.relative, found)]
         if found[0]:
             residuals = self._fuse(self.fuse_residuals, [self._join(*x) for x in enumerate(found)])
             maps = tuple(jnp.concatenate(pair, axis=-1) for pair in zip(maps, residuals))
@@ -125,12 +136,10 @@ class PRN(nn.Module):
         """The frozen feature maps at strides 4, 8, 16, float32: what prototypes are made of."""
         return tuple(x.astype(jnp.float32) for x in self._stages(image)[1:-1])
 
-    def mean_residuals(
-        self, image: UInt8[Array, "b height width 3"]
-    ) -> list[list[Float[Array, "b c"]]]:
-        """Per scale, each residual's mean over an image's places, before `Relative`."""
-        found = [self._residuals(*x) for x in enumerate(self._stages(image)[1:-1])]
-        return jax.tree.map(lambda x: jnp.mean(x, axis=(1, 2)), found)
+    def descriptor(self, image: UInt8[Array, "b height width 3"]) -> Float[Array, "b d"]:
+        """What `WholeImage` compares: means over the image of colours and frozen features."""
+        mask = self.interest(*image.shape[1:3])
+        return describe(image, self._stages(image)[1:-1], mask)
 
     def _stages(self, image: Array) -> tuple[Array, ...]:
         """What enters stage 1, and the four stages' maps: strides 2, 4, 8, 16, 32."""
@@ -159,12 +168,12 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         attention_layers=config.attention.layers,
         divisions=tuple(config.attention.divisions),
         use_prototypes=config.prototypes.get("enabled", True),
-        use_relative=trained and config.prototypes.get("relative", False),
         use_stem=config.get("decoder", {}).get("stem", False),
         use_fusion=config.get("fusion", {}).get("enabled", True),
         num_patches=memory.get("patches", 0),
         memory_scales=tuple(memory.get("scales", (1, 2, 3))),
         window=memory.get("window", 0),
+        num_centres=num_prototypes,
         trained=trained,
         dtype=compute_dtype(config),
     )

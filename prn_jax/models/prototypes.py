@@ -67,21 +67,6 @@ class PrototypeResidual(nn.Module):
         return self.variable("prototypes", "maps", jnp.zeros, shape, jnp.float32).value
 
 
-class Relative(nn.Module):
-    """Residuals in multiples of what normal images have, channel by channel: beyond the paper.
-
-    Squares of deep, sparse features are some hundred times as small as the features, and a channel
-    as another: what the weights would have to make up for. The variable `mean` of the collection
-    `prototypes`, [c] float32, is filled by `fitting.fit_prototypes`.
-    """
-
-    @nn.compact
-    def __call__(self, residual: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        mean = self.variable("prototypes", "mean", jnp.ones, residual.shape[-1:], jnp.float32).value
-        # What hardly ever fires on normal images must not count without bounds when it does.
-        return residual / (mean + 0.1 * jnp.mean(mean) + 1e-12)
-
-
 def k_means(
     points: Float[Array | np.ndarray, "n d"],
     k: int,

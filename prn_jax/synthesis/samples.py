@@ -32,6 +32,7 @@ class SampleMaker:
       seen: seen anomalous images, uint8 [m, h, w, 3].
       seen_mask: uint8 [m, h, w] in {0, 1}.
       seen_defect: their defects' names.
+      roi: where anomalies may be, uint8 [h, w] in {0, 1}; None: everywhere.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SampleMaker:
         seen: np.ndarray,
         seen_mask: np.ndarray,
         seen_defect: Sequence[str],
+        roi: np.ndarray | None = None,
     ):
         self._config = config.synthesis
         self._seed = config.seed
@@ -70,6 +72,7 @@ class SampleMaker:
         if self._has_seen:
             self._extend = Extend(seen, seen_mask, seen_defect, config.synthesis, grey)
         self._min_pixels = max(1, round(config.synthesis.min_area * size[0] * size[1]))
+        self._roi = tf.constant(np.ones(size) if roi is None else roi, tf.uint8)
         self._roughness = tf.constant(roughness(normal))
         self._turns = free_turns(normal) if config.synthesis.turns else []
         if self._turns:
@@ -132,7 +135,7 @@ class SampleMaker:
             bright = augment.brightness(
                 both[..., :3], draws.uniform(0.9, 1.1), draws.uniform(-10.0, 10.0)
             )
-            return bright, tf.cast(both[..., 3] >= 128, tf.uint8)
+            return bright, tf.cast(both[..., 3] >= 128, tf.uint8) * self._roi
 
         return tf.cond(draws.chance(probability), change, lambda: (image, mask))
 
@@ -165,7 +168,7 @@ class SampleMaker:
         reach = tf.cast(tf.math.ceil(tf.sqrt(float(self._min_pixels))), tf.float32)
         rows = tf.abs(tf.range(height, dtype=tf.float32) - middle[0]) <= reach
         columns = tf.abs(tf.range(width, dtype=tf.float32) - middle[1]) <= reach
-        mask = rows[:, None] & columns[None]
+        mask = rows[:, None] & columns[None] & (self._roi > 0)
         # Modulo 256: each value moves by 128.
         other = normal + tf.constant(128, tf.uint8)
         return blend(normal, other, mask, tf.constant(1.0)), mask

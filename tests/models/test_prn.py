@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from configs import default
-from prn_jax import evaluate, fitting
+from prn_jax import evaluate
 from prn_jax import mesh as meshes
 from prn_jax.models.backbone import BACKBONES, create_backbone
-from prn_jax.models.prn import PRN, compute_dtype, create_model
-from prn_jax.models.prototypes import Relative, residuals
+from prn_jax.models.prn import PRN, compute_dtype
 
 
 def init(model, size):
@@ -81,9 +80,10 @@ def test_every_image_is_predicted_once_whatever_the_batch():
         placed = meshes.replicate(mesh, variables)
         results.append(evaluate.predict(model, placed, images, mesh, batch_size=batch_size))
     # Untrained logits are steep: rounding shows in the third digit.
-    for maps, scores in results[1:]:
+    for maps, scores, distances in results[1:]:
         np.testing.assert_allclose(maps, results[0][0], atol=5e-3)
         np.testing.assert_allclose(scores, results[0][1], atol=5e-3)
+        np.testing.assert_allclose(distances, results[0][2], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "count"), [((256, 256), 100), ((128, 128), 25), ((32, 32), 2)])
@@ -91,39 +91,6 @@ def test_the_score_is_the_mean_of_the_highest_pixels(size, count):
     maps = np.random.default_rng(0).random((3, *size)).astype(np.float32)
     expected = np.sort(maps.reshape(3, -1), axis=1)[:, -count:].mean(axis=1)
     np.testing.assert_allclose(evaluate.image_score(jnp.asarray(maps), 100), expected, rtol=1e-6)
-
-
-def test_relative_residuals_are_in_multiples_of_normal_images_mean():
-    """The means are those of an ordinary run of the parts, in float64."""
-    config = default.get_config()
-    config.image_size = (64, 64)
-    config.eval_batch_size = 4
-    config.attention.layers = 0
-    config.prototypes.relative = True
-    config.memory.patches = 8
-    config.memory.scales = (2,)
-    images = jnp.asarray(draw(6, (64, 64)))
-    model = create_model(config, 2)
-    variables = init(model, (64, 64))
-    mesh = meshes.create_mesh(jax.devices()[:2])
-    placed = meshes.replicate(mesh, variables)
-    stored = fitting.fit_prototypes(config, model, placed, np.asarray(images), mesh)
-    stored = jax.tree.map(jnp.asarray, jax.device_get(stored))
-    for scale, maps in enumerate(model.apply(variables, images, method="features")):
-        whole = residuals(maps, stored[f"scale_{scale}"]["maps"])
-        expected = np.asarray(whole, np.float64).mean((0, 1, 2))
-        mean = stored[f"relative_{scale}_0"]["mean"]
-        np.testing.assert_allclose(mean, expected, rtol=1e-3, atol=1e-6 * expected.max())
-        found = Relative().apply({"prototypes": {"mean": mean}}, whole)
-        assert 0.5 < np.mean(found) < 1.0
-    assert {x for x in stored if x.startswith("relative")} == {
-        "relative_0_0", "relative_1_0", "relative_1_1", "relative_2_0",
-    }  # fmt: skip
-    logits = model.apply(variables | {"prototypes": stored}, images)
-    assert np.isfinite(logits).all()
-    scaled = jax.tree.map(lambda x: x, stored)
-    scaled["relative_1_1"] = {"mean": 2 * stored["relative_1_1"]["mean"]}
-    assert np.abs(model.apply(variables | {"prototypes": scaled}, images) - logits).max() > 0
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])

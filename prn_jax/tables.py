@@ -1,0 +1,241 @@
+"""A prediction's rows: what is known of an image, what is asked of it, which earlier ones hold.
+
+`predictions.jsonl` holds what is known, for the next call; `predictions.csv` and
+`predictions.json` what people ask for, verdicts by today's thresholds among it.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+from absl import logging
+
+from prn_jax import regions, results
+from prn_jax.errors import UserError, shown
+from prn_jax.predict import Detector, Inspection
+
+FIELDS = ("image", "score", "verdict", "highest", "row", "column", "distance", "unfamiliar",
+          "regions", "largest", "nearest", "error")  # fmt: skip
+# Endings of maps: that of MVTec AD's own evaluation, and one that no image has.
+MAPS = {"tiff": ".tiff", "npy": "_map.npy"}
+FILES = ("predictions.csv", "predictions.json", "predictions.jsonl")
+
+Row = dict[str, Any]
+Key = tuple[str, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked of a prediction.
+
+    Attributes:
+      threshold: score from which an image is anomalous; None: no verdicts.
+      pixel_threshold: value from which a pixel is anomalous; None: neither masks nor regions.
+      distance: from which a whole image is unfamiliar: not the product, or the light has changed;
+        None: it is not said.
+      min_area: of a region, in pixels of the image.
+      pictures: heat maps, overlays, masks.
+      maps: "tiff" or "npy": the maps themselves, float32; "": none.
+      explain: beside each alarm the nearest normal image.
+    """
+
+    threshold: float | None = None
+    pixel_threshold: float | None = None
+    distance: float | None = None
+    min_area: int = 1
+    pictures: bool = True
+    maps: str = ""
+    explain: bool = False
+
+    def alarms(self, row: Row) -> bool:
+        """Whether an image is anomalous or unfamiliar."""
+        return any(
+            limit is not None and row[name] >= limit
+            for name, limit in (("score", self.threshold), ("distance", self.distance))
+        )
+
+    def files(self, row: Row) -> list[str]:
+        """The endings of an image's files."""
+        kinds = []
+        if self.pictures:
+            kinds = ["_heat.png", "_overlay.png"]
+            kinds += ["_mask.png"] * (self.pixel_threshold is not None)
+        kinds += ["_why.png"] * (self.explain and self.alarms(row))
+        return kinds + [MAPS[self.maps]] if self.maps else kinds
+
+
+def beside(stem: pathlib.Path, ending: str) -> pathlib.Path:
+    """An image's file."""
+    return stem.with_name(stem.name + ending)
+
+
+def key(path: pathlib.Path) -> Key | None:
+    """What tells an image from others and from what its file was before."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+
+
+def holds(row: Row, output: pathlib.Path, name: str, asked: Asked) -> bool:
+    """Whether all files that are asked for are there, under the name that they are to have."""
+    endings = asked.files(row)
+    return not endings or (
+        row["pictures"] == name and all(beside(output / name, x).exists() for x in endings)
+    )
+
+
+def make(path: pathlib.Path, found: Inspection, name: str, asked: Asked) -> tuple[Row, np.ndarray]:
+    """What is known of an image, and its mask at the pixel threshold, bool [h, w].
+
+    Args:
+      path: its file.
+      found: of this image.
+      name: of its files; "" where there are none.
+      asked: what is asked for.
+    """
+    row, column = divmod(int(found.map.argmax()), found.map.shape[1])
+    mask, cut = np.zeros(found.map.shape, bool), None
+    if asked.pixel_threshold is not None:
+        mask, cut = regions.find(found.map, asked.pixel_threshold, asked.min_area)
+    known = {
+        "image": _text(path),
+        "key": key(path),
+        "pictures": name,
+        "score": float(found.score),
+        "highest": round(float(found.map.max()), 6),
+        "row": row,
+        "column": column,
+        "distance": float(found.distance),
+        "regions": cut,
+        "error": "",
+    }
+    return known, mask
+
+
+def failed(path: pathlib.Path, error: UserError) -> Row:
+    """The row of a file that cannot be read."""
+    return {"image": _text(path), "error": str(error)}
+
+
+def _text(path: pathlib.Path) -> str:
+    """A path for the tables, which are UTF-8: other bytes are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def public(row: Row, asked: Asked) -> Row:
+    """A row as people read it; `regions` is the list, "" where there is no pixel threshold."""
+    shown_row = {name: row.get(name, "") for name in FIELDS}
+    if row["error"]:
+        return shown_row
+    if asked.threshold is not None:
+        shown_row["verdict"] = "anomalous" if row["score"] >= asked.threshold else "normal"
+    if asked.distance is not None:
+        shown_row["unfamiliar"] = "yes" if row["distance"] >= asked.distance else "no"
+    if row["regions"] is None:
+        shown_row["regions"] = ""
+    else:
+        shown_row["largest"] = max((x["area"] for x in row["regions"]), default=0)
+    if not (asked.explain and asked.alarms(row)):
+        shown_row["nearest"] = ""
+    return shown_row
+
+
+def as_csv(rows: Sequence[Row], header: bool = True) -> str:
+    """Public rows, `regions` being their number."""
+    text = io.StringIO()
+    # By itself Python 3.11 quotes a line feed in a name, but no carriage return.
+    quoting = csv.QUOTE_ALL if any("\r" in row["image"] for row in rows) else csv.QUOTE_MINIMAL
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n", quoting=quoting)
+    if header:
+        writer.writeheader()
+    for row in rows:
+        counted = len(row["regions"]) if row["regions"] != "" else ""
+        writer.writerow(row | {"regions": counted})
+    return text.getvalue()
+
+
+def _made_by(detector: Detector, asked: Asked) -> dict[str, Any]:
+    """What tells a network's scores and regions from another's."""
+    config = json.loads(detector.config.to_json())
+    return {
+        "checkpoint": detector.digest,
+        "score_pixels": config["score_pixels"],
+        "pixel_threshold": asked.pixel_threshold,
+        "min_area": asked.min_area,
+    }
+
+
+def earlier(output: pathlib.Path, detector: Detector, asked: Asked) -> dict[Key, Row]:
+    """Rows that an earlier call wrote and that still hold, by their images' keys."""
+    rows: dict[Key, Row] = {}
+    lines = (output / "predictions.jsonl").read_text("utf-8", "surrogateescape").splitlines()
+    made_by = None
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if "checkpoint" in row:
+                made_by = row
+            elif not row["error"] and isinstance(row["pictures"], str):
+                rows[tuple(row["key"])] = row
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a call that was killed
+    if rows and made_by != _made_by(detector, asked):
+        logging.warning(
+            "%s holds predictions of another checkpoint, pixel threshold or least area: they are "
+            "replaced", shown(output)
+        )  # fmt: skip
+        return {}
+    return rows
+
+
+@contextlib.contextmanager
+def written(
+    output: pathlib.Path,
+    detector: Detector,
+    known: Iterable[Row],
+    chosen: Iterable[Row],
+    asked: Asked,
+) -> Iterator:
+    """Yields what writes rows as they come; both files begin with what was there before."""
+    jsonl, table = output / "predictions.jsonl", output / "predictions.csv"
+    lines = [_made_by(detector, asked), *known]
+    results.write_file(jsonl, "".join(_json_line(x) for x in lines))
+    results.write_file(table, as_csv([public(row, asked) for row in chosen]))
+    with contextlib.ExitStack() as stack:
+        files = []
+
+        def write(rows: list[Row]) -> None:
+            try:
+                if not files:
+                    files.extend(
+                        stack.enter_context(path.open("a", encoding="utf-8", newline=""))
+                        for path in (jsonl, table)
+                    )
+                texts = (
+                    "".join(_json_line(x) for x in rows),
+                    as_csv([public(row, asked) for row in rows], header=False),
+                )
+                for file, text in zip(files, texts):
+                    _append(file, text)
+            except OSError as error:
+                raise UserError(f"cannot write to {shown(output)}: {error.strerror}") from error
+
+        yield write
+
+
+def _append(file: TextIO, text: str) -> None:
+    file.write(text)
+    file.flush()
+
+
+def _json_line(content: dict[str, Any]) -> str:
+    return json.dumps(content) + "\n"  # ASCII: what is not text in a path stays escaped
