@@ -1,6 +1,7 @@
 """The exceptions that programs turn into one line, and how paths are written in it."""
 
 import os
+import signal
 
 
 class UserError(Exception):
@@ -12,11 +13,15 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The program was asked to stop (SIGTERM) and what it had is saved.
+    """The program was asked to stop and what it had is saved.
 
-    Programs print the message and exit with status 143 (128 + SIGTERM), as job
-    systems expect of what did not come to its end.
+    Programs print the message and exit with status 128 + the signal, as job systems expect
+    of what did not come to its end: 143 after SIGTERM, 130 after Ctrl-C.
     """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.number = number
 
 
 def shown(path: str | os.PathLike) -> str:

@@ -168,8 +168,7 @@ def finished(
     run = results.read_run(folder)
     saved = Identity.of_run(run)
     now = saved.today(config, _fingerprint(config) if saved.fingerprint else "")
-    if not allow_config_change:
-        saved.check(now, f"the finished run in {shown(folder)}")
+    saved.check(now, f"the finished run in {shown(folder)}", saved.steps, allow_config_change)
     return None if saved.differences(now) else run
 
 

@@ -130,13 +130,16 @@ class Identity:
             found += length or [f"its steps were {self.steps}, are {other.steps}"]
         return found + [text for name, text in changed.items() if not _is_free(name)]
 
-    def check(self, other: "Identity", where: str, allow: bool = False) -> "Identity":
+    def check(
+        self, other: "Identity", where: str, step: int = 0, allow: bool = False
+    ) -> "Identity":
         """Refuses to go on with what `other` is made of, unless it is allowed.
 
         Args:
           other: what a run is to be made of now.
           where: what this is the identity of, for the message.
-          allow: let differences pass, with a warning.
+          step: steps that were done.
+          allow: let pass what can be gone on with.
 
         Returns:
           `other`, which remembers what was let pass.
@@ -161,13 +164,22 @@ class Identity:
                 f"{text}: what answers without training holds no network to train, nor the other "
                 "way round. Give another --workdir"
             )
+        if 0 <= other.steps < step:
+            raise UserError(
+                f"{text}: {step} steps are done, and none is undone. Set total_steps (or epochs) "
+                "back, or give another --workdir"
+            )
+        if other.white_level != self.white_level and self.fingerprint:
+            raise UserError(
+                f"{text}: of the images of more than 8 bits level {self.white_level} was white, "
+                f"now {other.white_level} is (0: there are none), and the network would see them "
+                "darker or brighter. Put the images back, or give another --workdir"
+            )
         if found and not allow:
             raise UserError(
                 f"{text}: undo that, give another --workdir, or pass --allow_config_change, which "
                 "goes on from the last checkpoint and evaluates anew"
             )
-        if found:
-            logging.warning("%s: going on, as --allow_config_change says", text)
         return dataclasses.replace(other, changes=(*self.changes, *found))
 
 

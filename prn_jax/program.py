@@ -141,7 +141,7 @@ def _guarded(main: Callable[[], None], afterwards: str) -> None:
     except UserError as error:
         fail(str(error))
     except Interrupted as interruption:
-        _exit(str(interruption), 128 + signal.SIGTERM)
+        _exit(str(interruption), 128 + interruption.number)
     except KeyboardInterrupt:
         _exit(stopped.format("interrupted"), 128 + signal.SIGINT)
     except Exception as error:

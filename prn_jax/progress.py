@@ -1,5 +1,7 @@
 """What a training says while it runs, and how it is asked to stop."""
 
+import contextlib
+import os
 import signal
 import sys
 import time
@@ -125,25 +127,35 @@ def duration(seconds: float) -> str:
 
 
 class Termination:
-    """Notices SIGTERM (preemption, `kill`, a job's time limit) and lets the step finish."""
+    """Notices SIGTERM (preemption, `kill`, a job's time limit) or Ctrl-C; the step is finished.
+
+    A second Ctrl-C stops at once.
+
+    Attributes:
+      number: of the signal.
+    """
 
     def __enter__(self):
-        self._came = False
-        # With several hosts JAX's own preemption notice makes all agree on the step.
-        self._alone = jax.process_count() == 1
-        if self._alone:
-            try:
-                self._previous = signal.signal(signal.SIGTERM, self._note)
-            except ValueError:  # not the main thread: nobody can send us the signal
-                self._alone = False
+        self.number, self._came = signal.SIGTERM, False
+        self._previous = {}
+        # With several hosts JAX's own notice of SIGTERM makes all agree on the step.
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        with contextlib.suppress(ValueError):  # not the main thread: nobody can send us a signal
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as behind a shell's &
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_):
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_):
-        self._came = True
+    def _note(self, number, _):
+        if self._came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number, self._came = number, True
+        if number == signal.SIGINT:  # No print: it may be what was interrupted.
+            os.write(2, b"\nsaving after this step; Ctrl-C again stops at once\n")
 
     def requested(self, step: int) -> bool:
         """Whether to save and stop after this step; the same on every process."""

@@ -222,7 +222,8 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
                     )
                 else:
                     failed.append(run)
-                    stopped = process.returncode == 128 + signal.SIGTERM
+                    asked = (signal.SIGTERM, signal.SIGINT)
+                    stopped = process.returncode in [128 + number for number in asked]
                     how = (
                         "stopped and saved, goes on with the same command" if stopped else "failed"
                     )
@@ -294,7 +295,7 @@ def _forwarded(active: dict):
             process.terminate()
         for process, *_ in active.values():
             process.wait()
-        raise Interrupted("stopped and saved; the same command goes on")
+        raise Interrupted("stopped and saved; the same command goes on", number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

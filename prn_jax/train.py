@@ -252,7 +252,7 @@ def train(
     Raises:
       UserError: the batch does not divide, the checkpoint is made of something else, or the loss is
         not finite.
-      Interrupted: after SIGTERM, when the run is saved.
+      Interrupted: after SIGTERM or Ctrl-C, when the run is saved.
     """
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
     identity = _resumable(checkpoints, identity, allow_config_change)
@@ -294,7 +294,8 @@ def train(
             if stop:
                 checkpoints.wait()
                 raise Interrupted(
-                    f"stopped at step {step} of {steps} and saved; the same command goes on"
+                    f"stopped at step {step} of {steps} and saved; the same command goes on",
+                    termination.number,
                 )
             if evaluate and _due(step, config.eval_every) and step < steps:
                 evaluate(step, model, state.network | frozen)
@@ -317,12 +318,12 @@ def _resumable(checkpoints: Checkpoints, identity: Identity, allow_change: bool)
         return identity
     saved = checkpoints.identity()
     where = f"the checkpoint of step {step} in {shown(checkpoints.folder)}"
-    identity = saved.check(identity, where, allow_change)
-    if step > identity.steps:
-        raise UserError(
-            f"{where} is beyond the {identity.steps} steps asked for: raise total_steps or give "
-            "another --workdir"
-        )
+    identity = saved.check(identity, where, step, allow_change)
+    if new := identity.changes[len(saved.changes) :]:
+        logging.warning(
+            "%s is made of something else (%s): going on, as --allow_config_change says",
+            where, "; ".join(new),
+        )  # fmt: skip
     logging.info("resumed from step %d of %d", step, identity.steps)
     if saved.steps and saved.steps != identity.steps:
         logging.warning(

@@ -3,18 +3,25 @@
 import dataclasses
 import errno
 import fcntl
+import json
+import logging
 import os
+import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from configs import default, folder, mvtec
-from prn_jax import datasets, experiment, identity, pretrained, program
-from prn_jax.errors import UserError
+from configs import default, mvtec
+from configs import folder as folder_config
+from prn_jax import datasets, experiment, identity, pretrained, program, train
+from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import Identity
-from tests.processes import ROOT
+from tests.processes import ROOT, execute, finish, start
 from tests.trees import draw, draw_mask, make_mvtec, save
 
 
@@ -135,7 +142,7 @@ def test_products_of_two_projects_have_records_of_their_own(tmp_path):
         assert names == ["bolt", f"only_{project}"]
 
 
-@pytest.mark.parametrize("get_config", [mvtec.get_config, folder.get_config])
+@pytest.mark.parametrize("get_config", [mvtec.get_config, folder_config.get_config])
 def test_no_data_is_an_error_that_says_what_was_looked_for(get_config, tmp_path):
     config = get_config()
     config.data.data_dir = str(tmp_path / "records")
@@ -162,7 +169,7 @@ def test_records_without_raw_files_count_where_their_category_is_named(tmp_path)
 
 def test_weights_that_cannot_be_had_are_missed_before_any_data_is_read(tmp_path):
     make_mvtec(tmp_path / "raw", "bolt", size=(64, 64))
-    config = folder.get_config()
+    config = folder_config.get_config()
     config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
     config.backbone.weights = str(tmp_path / "missing.npz")
     config.batch_size = 8
@@ -213,3 +220,182 @@ def test_a_defect_added_changes_the_fingerprint(tmp_path):
     save(tmp_path / "raw/bolt/test/contamination/9.png", draw(9))
     save(tmp_path / "raw/bolt/ground_truth/contamination/9_mask.png", draw_mask(9))
     assert datasets.fingerprint("folder", "bolt", **place) != before
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+QUICK = {
+    "image_size": (64, 64),
+    "category": "bolt",
+    "num_seen": 3,
+    "batch_size": 8,
+    "total_steps": 12,
+    "backbone.weights": "random",
+    "attention.layers": 1,
+    "prototypes.iterations": 2,
+    "synthesis.max_textures": 10,
+    "log_every": 1,
+    "checkpoint.every_steps": 4,
+}
+
+
+def fields_of(folder, **changes):
+    """A run of 12 steps on `<folder>/raw`."""
+    place = where(str(folder / "raw"), str(folder / "records"))
+    return QUICK | {f"data.{name}": path for name, path in place.items()} | changes
+
+
+def run(folder, allow=False, **changes):
+    """Trains in `<folder>/work`; what results.json says then."""
+    config = folder_config.get_config()
+    config.update_from_flattened_dict(fields_of(folder, **changes))
+    experiment.train_and_evaluate(config, str(folder / "work"), allow_config_change=allow)
+    return read(folder)
+
+
+def read(folder):
+    return json.loads((folder / "work/bolt/results.json").read_text())
+
+
+def steps_of(folder):
+    return sorted(int(x.name) for x in (folder / "work/bolt/checkpoints").iterdir() if x.is_dir())
+
+
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    make_mvtec(folder / "raw", "bolt", defects={"dent": 6}, train=6, good=3, size=(64, 64))
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    """A copy of a finished run with its data."""
+    return pathlib.Path(shutil.copytree(finished_once, tmp_path / "copy"))
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, logger="absl")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
+
+
+def add_normal(folder):
+    save(folder / "raw/bolt/train/good/100.png", draw(100, (64, 64)))
+
+
+def add_defect(folder):
+    """One that changes which are drawn as seen ones."""
+    save(folder / "raw/bolt/test/dent/100.png", draw(100, (64, 64)))
+    save(folder / "raw/bolt/ground_truth/dent/100_mask.png", draw_mask(100, (64, 64)))
+
+
+CHANGED = {
+    "images added": (add_normal, {}, "the images changed: some were added"),
+    "score_pixels": (None, {"score_pixels": 3}, "score_pixels was 100, is 3"),
+    "longer": (None, {"total_steps": 14}, "total_steps was 12, is 14"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CHANGED))
+def test_a_finished_run_of_something_else_is_refused_or_made_anew(name, finished, said):
+    change, fields, message = CHANGED[name]
+    before = read(finished)
+    if change:
+        change(finished)
+    with pytest.raises(UserError, match=f"the finished run in .*{message}.*--allow_config_change"):
+        run(finished, **fields)
+    assert read(finished) == before
+    again = run(finished, allow=True, **fields)
+    assert re.search(f"checkpoint of step 12 .*{message}.*: going on", said())
+    assert "finished before" not in said()
+    steps = fields.get("total_steps", 12)
+    assert again["steps"] == steps == steps_of(finished)[-1]
+    assert again["timing"]["train_steps"] == steps - 12
+    assert re.search(message, again["identity"]["changes"][0])
+    # Trained further, or other pixels counted: other scores. Normal images to train on change none.
+    assert (again["test"] == before["test"]) == (name == "images added")
+    assert (
+        f"| bolt | {100 * again['metrics']['image_auroc']:.1f}"
+        in (finished / "work/results.md").read_text()
+    )
+    # Now it is made of what is there.
+    assert run(finished, **fields) == again
+    assert "finished before" in said()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("allow", [False, True])
+def test_no_step_is_undone(allow, finished, said):
+    before = read(finished)
+    with pytest.raises(UserError, match=r"total_steps was 12, is 8.*12 steps are done.*back") as e:
+        run(finished, allow, total_steps=8)
+    assert "allow_config_change" not in str(e.value)
+    assert read(finished) == before
+    # The same of a checkpoint without results.
+    (finished / "work/bolt/results.json").unlink()
+    with pytest.raises(UserError, match=r"the checkpoint of step 12 .*12 steps are done"):
+        run(finished, allow, total_steps=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_defect_that_came_while_a_run_was_interrupted_is_refused_by_name(
+    allow, finished, monkeypatch
+):
+    whole = read(finished)
+    seen = whole["split"]["seen"]
+    shutil.rmtree(finished / "work")
+
+    original = train.Progress
+
+    def stop(config, *arguments):
+        progress = original(config, *arguments)
+        update = progress.update
+
+        def update_and_signal(step, values):
+            update(step, values)
+            if step == 6:
+                signal.raise_signal(signal.SIGTERM)
+
+        progress.update = update_and_signal
+        return progress
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Progress", stop)
+        with pytest.raises(Interrupted, match="stopped at step 6 of 12 and saved"):
+            run(finished)
+    add_defect(finished)
+    with pytest.raises(UserError, match=r"checkpoint of step 6 .*images changed.*no longer a seen "
+                       r"anomaly: test/dent/00\d.*would be tested on.*Put the images"):  # fmt: skip
+        run(finished, allow)
+    assert not (finished / "work/bolt/results.json").exists()
+    for path in finished.glob("raw/bolt/*/dent/100*"):
+        path.unlink()
+    again = run(finished)
+    assert again["split"]["seen"] == seen
+    assert (again["metrics"], again["test"]) == (whole["metrics"], whole["test"])
+
+
+@pytest.mark.slow
+def test_the_same_training_twice_harms_nobody(finished_once, tmp_path):
+    fields = fields_of(finished_once, total_steps=40)
+    command = [sys.executable, "launch/main.py", "--config=configs/folder.py"]
+    command += [f"--workdir={tmp_path}", *(f"--config.{k}={v}" for k, v in fields.items())]
+    first = start(command)
+    # The lock is there before anything is loaded.
+    while not (tmp_path / "bolt/.lock").exists() or not (tmp_path / "bolt/.lock").read_text():
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = execute(command)
+    assert second.returncode == 1
+    (line,) = [x for x in second.stderr.splitlines() if x.startswith("error: ")]
+    assert re.search(rf"another training works in {tmp_path}/bolt \(process {first.pid} on ", line)
+    assert "Traceback" not in second.stderr
+    assert first.poll() is None
+    (status,), _, (log,) = finish([first])
+    assert status == 0, log
+    assert json.loads((tmp_path / "bolt/results.json").read_text())["steps"] == 40
