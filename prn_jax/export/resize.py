@@ -2,8 +2,8 @@
 
 Pillow's bilinear resize works in whole numbers: along one side, then along the other, each pixel of
 the result is a weighted sum of levels, the weights in units of 2^-22, rounded to a level. Here each
-weight is split into two parts of 11 bits, so that the matrix products and all sums in them are exact
-in float32 (and the factors even in TF32 and float16): every runtime gives Pillow's levels to the
+weight is split into two parts of 11 bits, so that all factors and sums of the matrix products are
+exact in float32 (the factors even in TF32 and float16): every runtime gives Pillow's levels to the
 bit.
 """
 

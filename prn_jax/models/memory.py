@@ -31,7 +31,7 @@ _SIGMA = 4.0
 
 def average(features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Mean over 3x3 places, zero outside (PatchCore), float32."""
-    return nn.avg_pool(features.astype(jnp.float32), (3, 3), padding="SAME")
+    return nn.avg_pool(features.astype(jnp.float32), window_shape=(3, 3), padding="SAME")
 
 
 def nearest_patch(points: Float[Array, "n c"], patches: Float[Array, "m c"]) -> Int[Array, " n"]:
