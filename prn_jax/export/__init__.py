@@ -1,75 +1,35 @@
-"""A trained network as a file that other runtimes execute: StableHLO, SavedModel, ONNX.
+"""A trained network as a file that other runtimes execute: one module per format.
 
-All take `image`, uint8 [b, h, w, 3] at the network's size, and give `map`, float32 [b, h, w], and
-`score`, float32 [b], both in [0, 1]; normalisation is inside. Compute type: float32. Beside each
-lies its description, `NAME.json`; `place` says what may be replaced.
+All take `image`, uint8 [b, h, w, 3] at the camera's size, and give `map`, float32 [b, h, w] at the
+network's, and `score`, float32 [b], both in [0, 1]; the resize that training uses and the
+normalisation are inside. Beside each lie its description, `NAME.json`, and a golden set,
+`NAME.golden`; `place` says what may be replaced, `check` what is accepted.
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
-import logging
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from prn_jax import evaluate, results
+from prn_jax import images, results
 from prn_jax.errors import UserError
-from prn_jax.export import place
+from prn_jax.export import check, graph, onnx, openvino, place, savedmodel, stablehlo
 from prn_jax.predict import Detector
 
-FORMATS = ("stablehlo", "savedmodel", "onnx")
-TOLERANCE = 1e-4
-# TensorFlow's copy of StableHLO is older than JAX's: what twelve weeks ago was current.
-_TENSORFLOW_AGE = "WEEK_12"
-
-# Each runs an exported network in a process that knows nothing of this package. Arguments: the
-# export, the images' .npy, the .npz to write.
-_RUNNERS = {
-    "stablehlo": """
-import sys, time, pathlib, numpy as np
-from jax import export
-run = export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes())).call
-import jax
-run = jax.jit(run)
-""",
-    "savedmodel": """
-import sys, time, numpy as np, tensorflow as tf
-model = tf.saved_model.load(sys.argv[1])
-serve = model.signatures["serving_default"]
-def run(image):
-    found = serve(image=tf.constant(image))
-    return found["map"], found["score"]
-""",
-    "onnx": """
-import sys, time, numpy as np, onnxruntime
-onnxruntime.set_default_logger_severity(3)
-session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-def run(image):
-    return session.run(["map", "score"], {"image": image})
-""",
+FORMATS: dict[str, ModuleType] = {
+    "stablehlo": stablehlo,
+    "savedmodel": savedmodel,
+    "onnx": onnx,
+    "openvino": openvino,
 }
-_RUN = """
-images, size = np.load(sys.argv[2]), int(sys.argv[4])
-count = len(images)
-# The last ones are filled up with the first ones.
-images = images[np.arange(-(-count // size) * size) % count]
-parts = [images[i : i + size] for i in range(0, len(images), size)]
-once = lambda: [[np.asarray(x) for x in run(part)] for part in parts]
-found = once()
-began = time.perf_counter()
-once()
-seconds = time.perf_counter() - began
-maps, scores = (np.concatenate(x)[:count] for x in zip(*found))
-np.savez(sys.argv[3], map=maps, score=scores, seconds=seconds)
-"""
+FROM_ONNX = ("onnx", "openvino")  # they have an opset, and 8-bit convolutions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,79 +40,114 @@ class Checked:
       images: compared.
       map_difference: largest, of any pixel.
       score_difference: largest.
-      images_per_s: of the export, in its own runtime, after its first run.
-      checkpoint_images_per_s: of the checkpoint through JAX, likewise.
+      verdicts: how many differ at the checkpoint's threshold; None where it has none.
+      images_per_s: of the export, in its own runtime, after its first batch.
+      checkpoint_images_per_s: of the checkpoint through JAX at the network's size, likewise.
+      figures: of an export that is rounded on purpose: see `check.judge`; else empty.
     """
 
     images: int
     map_difference: float
     score_difference: float
+    verdicts: int | None
     images_per_s: float
     checkpoint_images_per_s: float
+    figures: dict[str, tuple[float, float]]
+
+
+def is_exact(kind: str, int8: bool = False) -> bool:
+    """Whether a format gives the checkpoint's values, or is rounded and judged by metrics."""
+    return FORMATS[kind].IS_EXACT and not int8
 
 
 def export(
-    detector: Detector, kind: str, path: str | os.PathLike, images: np.ndarray, batch_size: int = 0
+    detector: Detector,
+    kind: str,
+    path: str | os.PathLike,
+    files: Sequence[bytes],
+    *,
+    input_size: graph.Size | None = None,
+    batch_size: int = 0,
+    opset: int | None = None,
+    calibration: np.ndarray | None = None,
+    split: check.TestSplit | None = None,
 ) -> Checked:
     """Writes an export, after it was run and compared with the checkpoint.
 
     Args:
       detector: from `prn_jax.load`.
       kind: one of `FORMATS`.
-      path: the file, of a SavedModel the folder; only an earlier export of the same format is
-        replaced. `<path>.json` describes it.
-      images: to compare on, uint8 [n, h, w, 3] at the network's size; at least one.
+      path: the file; of a SavedModel and of OpenVINO the folder. Only an earlier export of the same
+        format is replaced.
+      files: to compare on: PNG or JPEG at `input_size`; at least one.
+      input_size: (height, width) of the images that the export takes; default: the network's own.
       batch_size: that the export takes; 0 for any.
+      opset: of ONNX; default: jax2onnx's.
+      calibration: uint8 [n, h, w, 3] at the network's size, to make 8-bit convolutions by.
+      split: by which a rounded export is judged; needed where `is_exact` is false.
 
     Raises:
-      UserError: something else lies at `path`, a package is missing, or the export differs by
-        more than `TOLERANCE`; nothing is left at `path` that was not there before.
+      UserError: something else lies at `path`, a package is missing, or the export is not accepted
+        (see `check`); nothing is left at `path` that was not there before.
     """
-    path = prepare(kind, path)
-    model = detector.model.clone(dtype=jnp.float32)
-    variables = jax.tree.map(jnp.asarray, jax.device_get(detector.variables))
-    pixels = detector.config.score_pixels
-
-    def compute_map(image):
-        return jax.nn.sigmoid(model.apply(variables, image))
-
-    def compute(image):
-        maps = compute_map(image)
-        return maps, evaluate.image_score(maps, pixels)
-
-    if not len(images):
+    path = prepare(kind, path, calibration is not None, opset)
+    if not files:
         raise UserError("no images to compare on")
-    batch = batch_size or jax.export.symbolic_shape("b")[0]
-    spec = jax.ShapeDtypeStruct((batch, *detector.image_size, 3), jnp.uint8)
+    runtime, exact = FORMATS[kind], is_exact(kind, calibration is not None)
+    about = _about(detector, kind, input_size, batch_size, calibration is not None)
+    made_of = graph.make(detector, about, input_size, batch_size, opset, calibration)
+    batch = batch_size or min(16, len(files))
+    small = check.shrunk(made_of, files)
+    checkpoint = check.run_checkpoint(made_of.compute, small, batch)
+    expected, of, figures = checkpoint, "the checkpoint", {}
     # In a folder of the system's, whose name every library can write to; `path` has any name.
     with tempfile.TemporaryDirectory() as folder:
-        made = pathlib.Path(folder) / "export"
-        if kind == "stablehlo":
-            _stablehlo(compute, spec, made)
-        elif kind == "savedmodel":
-            _savedmodel(compute_map, spec, pixels, made)
+        made, golden = pathlib.Path(folder) / "export", pathlib.Path(folder) / "golden"
+        if exact:
+            runtime.write(made_of, made)
         else:
-            _onnx(compute, spec, made)
-        checked = _compare(kind, made, compute, images, batch_size or min(16, len(images)))
-        place.put(made, path, kind, _about(detector, batch_size))
-    return checked
+            alone = pathlib.Path(folder) / "alone"
+            runtime.write(made_of, made, alone)
+            pngs = [images.encode_png(x) for x in (*split.image, *small)]
+            found = check.run(kind, runtime, alone, pngs, batch)
+            tested, expected = found.split(len(split.image))
+            own = check.run_checkpoint(made_of.compute, split.image, batch)
+            figures = check.judge(kind, split, tested, own)
+            of = "the same network without its resize"
+        found = check.run(kind, runtime, made, files, batch)
+        check.require_same(kind, found, expected, of)
+        threshold = (detector.thresholds or {}).get("image")
+        check.write_golden(golden, files, found, threshold)
+        place.put(made, golden, path, kind, about | {"judged": figures})
+    verdicts = None
+    if threshold is not None:
+        verdicts = int(np.sum((found.scores >= threshold) != (checkpoint.scores >= threshold)))
+    return Checked(
+        len(files), *found.differences(checkpoint), verdicts, found.images_per_s,
+        checkpoint.images_per_s, figures,
+    )  # fmt: skip
 
 
-def prepare(kind: str, path: str | os.PathLike) -> pathlib.Path:
+def prepare(
+    kind: str, path: str | os.PathLike, int8: bool = False, opset: int | None = None
+) -> pathlib.Path:
     """Refuses, before anything is computed, what could not be written in the end.
 
     Returns:
       `path`, absolute.
 
     Raises:
-      UserError: something else lies at `path`, it cannot be written to, or a package is missing.
+      UserError: something else lies at `path`, it cannot be written to, a package is missing, or
+        the format has no such option.
     """
+    for name, given in (("int8", int8), ("opset", opset is not None)):
+        if given and kind not in FROM_ONNX:
+            raise UserError(f"--{name} is for --format={' or '.join(FROM_ONNX)}, not for {kind}")
     path = place.resolve(path)
     place.check(path, kind)
     with place.staged(path):
         pass
-    needed = {"savedmodel": ["tensorflow"], "onnx": ["jax2onnx", "onnxruntime"]}.get(kind, [])
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = [name for name in FORMATS[kind].NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"--format={kind} needs {' and '.join(missing)}: run pip install -e '.[export]' in the "
@@ -161,113 +156,25 @@ def prepare(kind: str, path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
-def _about(detector: Detector, batch_size: int) -> dict[str, Any]:
+def _about(
+    detector: Detector, kind: str, given: graph.Size | None, batch_size: int, int8: bool
+) -> dict[str, Any]:
     """What the user of an export has to know: plain JSON types."""
     provenance = results.provenance()
-    height, width = detector.image_size
+    versions = provenance["versions"]
+    needed = [name for name in FORMATS[kind].NEEDS if name not in versions]
+    size = list(detector.image_size)
+    exact = is_exact(kind, int8)
     return {
         "category": detector.config.category,
-        "input": {"name": "image", "type": "uint8", "channels": "RGB",
-                  "shape": [batch_size or "any", height, width, 3]},
+        "step": detector.step,
+        "input": {"name": "image", "type": "uint8", "channels": "RGB", "white_level": 255,
+                  "shape": [batch_size or "any", *(given or size), 3],
+                  "white_level_of_files": detector.white_level or 255},
+        "network_size": size,
+        "outputs": {"map": ["float32", "any", *size], "score": ["float32", "any"]},
+        "rounded": None if exact else "8-bit convolutions" if int8 else "float16 weights",
         "thresholds": detector.thresholds,
         "git": provenance["git"],
-        "versions": provenance["versions"],
+        "versions": versions | {name: importlib.metadata.version(name) for name in needed},
     }  # fmt: skip
-
-
-def _stablehlo(compute: Callable, spec: jax.ShapeDtypeStruct, path: pathlib.Path) -> None:
-    exported = jax.export.export(jax.jit(compute), platforms=("cpu", "cuda", "tpu"))(spec)
-    path.write_bytes(exported.serialize())
-
-
-def _savedmodel(compute_map: Callable, spec, pixels: int, path: pathlib.Path) -> None:
-    import tensorflow as tf
-    from jaxlib.mlir.dialects import stablehlo
-    from tensorflow.compiler.tf2xla.python import xla
-
-    exported = jax.export.export(jax.jit(compute_map), platforms=("cpu", "cuda"))(spec)
-    # jax2tf would write the current StableHLO, which TensorFlow cannot read yet.
-    age = getattr(stablehlo.StablehloCompatibilityRequirement, _TENSORFLOW_AGE)
-    version = stablehlo.get_version_from_compatibility_requirement(age)
-    program = stablehlo.serialize_portable_artifact_str(exported.mlir_module(), version)
-    height, width = spec.shape[1:3]
-    count = spec.shape[0] if isinstance(spec.shape[0], int) else None
-    top = evaluate.score_count(pixels, height, width)
-    signature = [tf.TensorSpec([count, height, width, 3], tf.uint8, name="image")]
-
-    class Module(tf.Module):
-        @tf.function(input_signature=signature, autograph=False)
-        def __call__(self, image):
-            (maps,) = xla.call_module(
-                [image],
-                version=exported.calling_convention_version,
-                module=program,
-                Sout=[tf.TensorShape([count, height, width])],
-                Tout=[tf.float32],
-                platforms=["CPU", "CUDA"],
-            )
-            # In TensorFlow's ops: its XLA knows no top k of a batch of any size.
-            best = tf.math.top_k(tf.reshape(maps, [-1, height * width]), top).values
-            return {"map": maps, "score": tf.reduce_mean(best, axis=1)}
-
-    module = Module()
-    tf.saved_model.save(module, str(path), signatures={"serving_default": module.__call__})
-
-
-def _onnx(compute: Callable, spec: jax.ShapeDtypeStruct, path: pathlib.Path) -> None:
-    import jax2onnx
-    import onnx
-
-    logging.getLogger("onnx_ir.serde").addFilter(_is_news)
-    model = jax2onnx.to_onnx(
-        compute, [spec], model_name="prn", input_names=["image"], output_names=["map", "score"]
-    )
-    onnx.save(model, str(path))
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a warning says anything: one for each of 220 values without a type does not."""
-    return "Skipping serialization" not in str(record.msg)
-
-
-def _compare(kind: str, path: pathlib.Path, compute, images: np.ndarray, size: int) -> Checked:
-    import time
-
-    with tempfile.TemporaryDirectory() as folder:
-        given, found = pathlib.Path(folder) / "images.npy", pathlib.Path(folder) / "found.npz"
-        np.save(given, images)
-        code = _RUNNERS[kind] + _RUN
-        # Away from the source tree, so that it cannot import this package by chance.
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(path.resolve()), str(given), str(found), str(size)],
-            cwd=folder,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-        )
-        if result.returncode:
-            last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"the {kind} export does not run in its own runtime: {last}")
-        with np.load(found) as stored:
-            maps, scores, seconds = stored["map"], stored["score"], float(stored["seconds"])
-    step = jax.jit(compute)
-
-    def once():
-        parts = [step(images[i : i + size]) for i in range(0, len(images), size)]
-        return [np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(2)]
-
-    expected = once()
-    began = time.perf_counter()
-    once()
-    own = time.perf_counter() - began
-    differences = [
-        float(np.abs(a - b).max()) if a.shape == b.shape else np.inf
-        for a, b in zip((maps, scores), expected)
-    ]
-    if not max(differences) <= TOLERANCE:
-        raise UserError(
-            f"the {kind} export differs from the checkpoint by {max(differences):.2g}, more than "
-            f"{TOLERANCE:g}: nothing was written"
-        )
-    count = len(images)
-    return Checked(count, *differences, count / seconds, count / own)

@@ -1,7 +1,8 @@
 """Where an export goes: only an earlier export of the same format is ever replaced.
 
-Beside the export `NAME` lies `NAME.json`, which says what the export is and holds the SHA-256 of
-each of its files. What differs from that by one byte or one file is somebody else's.
+Beside the export `NAME` lie `NAME.golden`, its golden set, and `NAME.json`, which says what the
+export is and holds the SHA-256 of each file of both. What differs from that by one byte or one file
+is somebody else's.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from typing import Any
 from prn_jax.errors import UserError, shown
 
 PRODUCER = "prn_jax export"
+# What lies beside the description: the ending of its name, and the field with its files' hashes.
+_PARTS = {"": "files", ".golden": "golden"}
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
@@ -43,7 +46,8 @@ def check(path: pathlib.Path, kind: str) -> None:
     """
     beside = _beside(path)
     with _refused(path):
-        existing = [x for x in (path, beside) if _exists(x)]
+        parts = {_beside(path, ending): field for ending, field in _PARTS.items()}
+        existing = [x for x in (*parts, beside) if _exists(x)]
         for x in existing:
             if x.is_symlink():
                 raise _occupied(x, f"is a link to {shown(os.readlink(x))}")
@@ -52,12 +56,14 @@ def check(path: pathlib.Path, kind: str) -> None:
             raise _occupied(beside, "does not describe an earlier export")
         if beside in existing and about.get("format") != kind:
             raise _occupied(path, f"is an export of the format {about.get('format')}, not {kind}")
-        if path in existing:
-            what = "a folder" if path.is_dir() else "a file"
+        for part, field in parts.items():
+            if part not in existing:
+                continue
+            what = "a folder" if part.is_dir() else "a file"
             if beside not in existing:
-                raise _occupied(path, f"is {what} that no {shown(beside.name)} calls an export")
-            if _contents(path) != about.get("files"):
-                raise _occupied(path, f"is {what} that is not as the earlier export left it")
+                raise _occupied(part, f"is {what} that no {shown(beside.name)} calls an export")
+            if _contents(part) != about.get(field):
+                raise _occupied(part, f"is {what} that is not as the earlier export left it")
 
 
 @contextlib.contextmanager
@@ -78,11 +84,14 @@ def staged(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield pathlib.Path(folder)
 
 
-def put(made: pathlib.Path, path: pathlib.Path, kind: str, about: dict[str, Any]) -> None:
-    """Puts an export and its description in their place, or leaves all as it was.
+def put(
+    made: pathlib.Path, golden: pathlib.Path, path: pathlib.Path, kind: str, about: dict[str, Any]
+) -> None:
+    """Puts an export, its golden set and its description in their place, or leaves all as it was.
 
     Args:
       made: the file or folder.
+      golden: the folder of the golden set.
       path: from `resolve`.
       kind: the format.
       about: for the description, plain JSON types.
@@ -95,15 +104,17 @@ def put(made: pathlib.Path, path: pathlib.Path, kind: str, about: dict[str, Any]
         new, old = folder / "new", folder / "old"
         new.mkdir()
         old.mkdir()
-        if made.is_dir():
-            shutil.copytree(made, new / "export")
-        else:
-            shutil.copyfile(made, new / "export")
         described = {"producer": PRODUCER, "format": kind} | about
-        described["files"] = _contents(new / "export")
+        for source, field in zip((made, golden), _PARTS.values()):
+            if source.is_dir():
+                shutil.copytree(source, new / field)
+            else:
+                shutil.copyfile(source, new / field)
+            described[field] = _contents(new / field)
         (new / "json").write_text(json.dumps(described, indent=2) + "\n")
         path.parent.mkdir(parents=True, exist_ok=True)
-        targets = {"export": path, "json": _beside(path)}
+        targets = {field: _beside(path, ending) for ending, field in _PARTS.items()}
+        targets["json"] = _beside(path)
         try:
             for name, target in targets.items():
                 if os.path.lexists(target):
@@ -118,8 +129,8 @@ def put(made: pathlib.Path, path: pathlib.Path, kind: str, about: dict[str, Any]
             raise
 
 
-def _beside(path: pathlib.Path) -> pathlib.Path:
-    return path.parent / f"{path.name}.json"
+def _beside(path: pathlib.Path, ending: str = ".json") -> pathlib.Path:
+    return path.parent / f"{path.name}{ending}"
 
 
 def _exists(path: pathlib.Path) -> bool:

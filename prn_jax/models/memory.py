@@ -31,13 +31,13 @@ _SIGMA = 4.0
 
 def average(features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Mean over 3x3 places, zero outside (PatchCore), float32."""
-    return nn.avg_pool(features.astype(jnp.float32), (3, 3), padding="SAME")
+    return nn.avg_pool(features.astype(jnp.float32), window_shape=(3, 3), padding="SAME")
 
 
 def nearest_patch(points: Float[Array, "n c"], patches: Float[Array, "m c"]) -> Int[Array, " n"]:
     """Index of the patch at the least L2 distance: one matrix product, in parts."""
-    least = jnp.full(points.shape[0], jnp.inf)
-    index = jnp.zeros(points.shape[0], jnp.int32)
+    least = jnp.full_like(points[:, 0], jnp.inf)
+    index = jnp.zeros_like(least, jnp.int32)
     for start in range(0, patches.shape[0], _CHUNK):
         part = patches[start : start + _CHUNK]
         product = jnp.matmul(points, part.T, precision=_EXACT)
@@ -104,7 +104,7 @@ def window_residuals(
     """
     features = features.astype(jnp.float32)
     reach, (height, width) = window // 2, features.shape[1:3]
-    least = jnp.full(features.shape[:3], jnp.inf)
+    least = jnp.full_like(features[..., 0], jnp.inf)
     best = jnp.zeros_like(features)
     padding = ((0, 0), (reach, reach), (reach, reach))
     padded = jnp.pad(maps, (*padding, (0, 0)))

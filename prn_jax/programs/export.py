@@ -1,6 +1,7 @@
 """Turns a trained network into a file for other runtimes, and checks that it computes the same.
 
-    prn-jax export --checkpoint=runs/mvtec/bottle --format=onnx --output=bottle.onnx
+    prn-jax export --checkpoint=runs/mvtec/bottle --format=onnx --output=bottle.onnx \
+        --input_size=2048,2448
 
 Input `image`, uint8 [b, h, w, 3]; outputs `map`, float32 [b, h, w], and `score`, float32 [b].
 """
@@ -13,11 +14,21 @@ from prn_jax import program
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "<workdir>/<category> of a training.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
-FORMAT = flags.DEFINE_enum("format", "stablehlo", ["stablehlo", "savedmodel", "onnx"], "Of what.")
-OUTPUT = flags.DEFINE_string("output", None, "The file; of a SavedModel, the folder.")
+FORMAT = flags.DEFINE_enum(
+    "format", "stablehlo", ["stablehlo", "savedmodel", "onnx", "openvino"], "Of what."
+)
+OUTPUT = flags.DEFINE_string("output", None, "The file; of SavedModel and OpenVINO, the folder.")
+INPUT_SIZE = flags.DEFINE_list(
+    "input_size", [], "Height,width of the images it takes; default: the network's own."
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images that it takes; 0: any number.", 0)
+OPSET = flags.DEFINE_integer("opset", None, "Of ONNX; default: what jax2onnx writes.", 1)
+INT8 = flags.DEFINE_bool("int8", False, "8-bit convolutions, of onnx and openvino.")
 IMAGES = flags.DEFINE_string(
     "images", "", "Folder of images to compare on; default: the test images of the training."
+)
+MANUAL_DIR = flags.DEFINE_string(
+    "manual_dir", "", "Raw files to calibrate --int8 by; default: where the training had them."
 )
 flags.mark_flags_as_required(["checkpoint", "output"])
 
@@ -26,42 +37,53 @@ def main() -> None:
     """Exports and compares."""
     from prn_jax import export, predict
     from prn_jax.errors import shown
+    from prn_jax.export import calibration, check
 
-    export.prepare(FORMAT.value, OUTPUT.value)
+    kind, int8, run = FORMAT.value, INT8.value, pathlib.Path(CHECKPOINT.value)
+    export.prepare(kind, OUTPUT.value, int8, OPSET.value)
     detector = predict.load(CHECKPOINT.value, STEP.value)
-    images = _images(detector)
-    checked = export.export(detector, FORMAT.value, OUTPUT.value, images, BATCH_SIZE.value)
-    print(
-        f"{shown(OUTPUT.value)}: equals the checkpoint on {checked.images} images (maps within "
-        f"{checked.map_difference:.1e}, scores within {checked.score_difference:.1e}); "
-        f"{checked.images_per_s:.1f} images/s, "
-        f"the checkpoint {checked.checkpoint_images_per_s:.1f}",
-        flush=True,
-    )
-
-
-def _images(detector):
-    import numpy as np
-    from absl import logging
-
-    from prn_jax import images, results
-    from prn_jax.errors import UserError, shown
-
+    size = _size(INPUT_SIZE.value) or detector.image_size
+    split = None
+    if not IMAGES.value or not export.is_exact(kind, int8):
+        split = check.read_run(run)
     if IMAGES.value:
         folder = pathlib.Path(IMAGES.value).expanduser()
-        paths, skipped = images.find_images(folder)
-        if skipped:
-            logging.warning("--images: not used: %s", images.describe(skipped))
-        if not paths:
-            raise UserError(f"--images={shown(IMAGES.value)}: no such folder, or no images in it")
-        white = getattr(detector, "white_level", 0)
-        arrays = (images.read_array(x, white) for x in paths)
-        return np.stack([images.resize(x, detector.image_size) for x in arrays])
-    folder = pathlib.Path(CHECKPOINT.value).expanduser().resolve()
-    folder = folder.parent if folder.name == "checkpoints" else folder
-    if not (folder / "predictions.npz").exists():
-        raise UserError(f"no test images in {shown(folder)}: give a folder of images as --images")
-    return results.read_predictions(folder)["image"]
+        files = check.read_folder(folder, size, detector.white_level)
+    else:
+        files = check.enlarged(split, size)
+    checked = export.export(
+        detector, kind, OUTPUT.value, files, input_size=size, batch_size=BATCH_SIZE.value,
+        opset=OPSET.value, split=split,
+        calibration=calibration.sample(detector, MANUAL_DIR.value) if int8 else None,
+    )  # fmt: skip
+    print(f"{shown(OUTPUT.value)}: {_described(checked)}", flush=True)
+
+
+def _size(texts: list[str]) -> tuple[int, int] | None:
+    from prn_jax.errors import UserError
+
+    if not texts:
+        return None
+    if len(texts) != 2 or not all(x.isdigit() and int(x) for x in texts):
+        raise UserError(f"--input_size={','.join(texts)}: give height,width in pixels")
+    return int(texts[0]), int(texts[1])
+
+
+def _described(checked) -> str:
+    from prn_jax.export import check
+
+    verdicts = {None: "", 0: ", no verdict differs"}.get(
+        checked.verdicts, f", {checked.verdicts} verdicts differ"
+    )
+    if checked.figures:
+        what = f"accepted: {check.describe(checked.figures)}; compared with the checkpoint"
+    else:
+        what = "equals the checkpoint"
+    return (
+        f"{what} on {checked.images} images (maps within {checked.map_difference:.1e}, scores "
+        f"within {checked.score_difference:.1e}{verdicts}); {checked.images_per_s:.1f} images/s, "
+        f"the checkpoint {checked.checkpoint_images_per_s:.1f}"
+    )
 
 
 def run() -> None:

@@ -1,0 +1,305 @@
+"""Whether an export computes what its checkpoint does: from image files, without this package.
+
+An export runs in a process of its own, in its own runtime, on files that it opens itself. Exact
+formats must agree with the checkpoint within `TOLERANCE`. What is rounded on purpose (8 bits,
+float16 weights) is judged by metrics on the test split: it may lose `MOST_LOST` of each.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from prn_jax import images, metrics, results
+from prn_jax.errors import UserError, shown
+from prn_jax.export.graph import Graph, Size
+
+TOLERANCE = 1e-4
+MOST_LOST = 0.005  # of image AUROC and of pixel AP
+_ENLARGED = 16  # test images that are enlarged to a camera's size, at most
+
+# Arguments: the export, the folder of images, the .npz to write, images at a time.
+_BEFORE = """
+import os, sys, time
+import numpy as np
+from PIL import Image
+path, folder, output, size = *sys.argv[1:4], int(sys.argv[4])
+"""
+_AFTER = """
+def read(name):
+    with Image.open(os.path.join(folder, name)) as image:
+        return np.asarray(image.convert("RGB"))
+def once(names):
+    batch = np.stack([read(name) for name in names])
+    began = time.perf_counter()
+    outputs = [np.asarray(x) for x in run(batch)]
+    return *outputs, time.perf_counter() - began
+names = sorted(os.listdir(folder))
+count = len(names)
+# The last ones are filled up with the first ones.
+names = [names[i % count] for i in range(-(-count // size) * size)]
+parts = [names[i : i + size] for i in range(0, len(names), size)]
+once(parts[0])
+maps, scores, seconds = zip(*map(once, parts))
+assert "prn_jax" not in sys.modules
+np.savez(
+    output, map=np.concatenate(maps)[:count], score=np.concatenate(scores)[:count],
+    images_per_s=len(names) / sum(seconds),
+)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a runtime gave: maps, float32 [n, h, w], scores, float32 [n], and its speed."""
+
+    maps: np.ndarray
+    scores: np.ndarray
+    images_per_s: float
+
+    def differences(self, other: "Results") -> tuple[float, float]:
+        """The largest of any pixel, and of any score; infinite where shapes differ."""
+        pairs = ((self.maps, other.maps), (self.scores, other.scores))
+        return tuple(float(np.abs(a - b).max()) if a.shape == b.shape else np.inf for a, b in pairs)
+
+    def split(self, count: int) -> tuple["Results", "Results"]:
+        """Of the first `count` images, and of the others."""
+        return tuple(
+            Results(self.maps[x], self.scores[x], self.images_per_s)
+            for x in (slice(count), slice(count, None))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSplit:
+    """Test images at the network's size, and what is known of them.
+
+    Attributes:
+      image: uint8 [n, h, w, 3].
+      mask: [n, h, w], anything but 0 is marked.
+      label: 1 for anomalous, 0 for normal, [n].
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    label: np.ndarray
+
+    def figures(self, found: Results) -> dict[str, float | None]:
+        """Image AUROC and pixel AP; anomalous images without a mask count for the first alone."""
+        known = (self.label == 0) | self.mask.any(axis=(1, 2))
+        rankings = (
+            metrics.rank_images(found.scores, self.label),
+            metrics.rank_pixels(found.maps[known], self.mask[known]),
+        )
+        return {
+            "image_auroc": metrics.auroc(rankings[0]),
+            "pixel_ap": metrics.average_precision(rankings[1]),
+        }
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def read_folder(folder: pathlib.Path, given: Size, white: int) -> list[bytes]:
+    """Image files at the size that an export takes.
+
+    Args:
+      folder: images of any kind, also in its subfolders.
+      given: (height, width); others are resized to it, and a warning says so.
+      white: see `images.to_uint8`.
+
+    Returns:
+      PNG or JPEG files that any reader decodes alike.
+
+    Raises:
+      UserError: there are none, or one cannot be read.
+    """
+    paths, skipped = images.find_images(folder)
+    if skipped:
+        logging.warning("--images: not used: %s", images.describe(skipped))
+    if not paths:
+        raise UserError(f"--images={shown(folder)}: no such folder, or no images in it")
+    found, resized = [], []
+    for path in paths:
+        data, size = images.read_image(path, white)
+        if size != tuple(given):
+            resized.append(path)
+            data = images.encode_png(images.resize(images.decode(data), given))
+        found.append(data)
+    if resized:
+        logging.warning(
+            "--images: %d of %d are not %dx%d (height x width), as the export takes them, and are "
+            "resized before: %s%s", len(resized), len(paths), *given,
+            ", ".join(map(shown, resized[:5])), ", ..." if len(resized) > 5 else "",
+        )  # fmt: skip
+    return found
+
+
+def read_run(folder: pathlib.Path) -> TestSplit:
+    """The test images of a training.
+
+    Args:
+      folder: `<workdir>/<category>`, or `checkpoints` in it.
+
+    Raises:
+      UserError: the run has none.
+    """
+    folder = folder.expanduser().resolve()
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    if not (folder / "predictions.npz").exists():
+        raise UserError(
+            f"no test images of the training in {shown(folder)}: exact formats are compared on a "
+            "folder of images, --images; others need the test split"
+        )
+    stored = results.read_predictions(folder)
+    defects = [x["defect"] for x in results.read_run(folder)["test"]]
+    return TestSplit(stored["image"], stored["mask"], np.array([x != "good" for x in defects], int))
+
+
+def enlarged(split: TestSplit, given: Size) -> list[bytes]:
+    """Test images as files at a camera's size; where that is another, some of them."""
+    chosen = np.arange(len(split.image))
+    if given != split.image.shape[1:3] and len(chosen) > _ENLARGED:
+        chosen = np.linspace(0, len(chosen) - 1, _ENLARGED).round().astype(int)
+    return [images.encode_png(images.resize(split.image[i], given)) for i in chosen]
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(kind: str, runtime: ModuleType, path: pathlib.Path, files: Sequence[bytes], batch: int):
+    """Runs an export on image files in a fresh process: `Results`.
+
+    Args:
+      kind: the format, for messages.
+      runtime: its module.
+      path: the export.
+      files: PNG or JPEG, all of the size that it takes.
+      batch: images at a time.
+
+    Raises:
+      UserError: it does not run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = pathlib.Path(folder) / "images", pathlib.Path(folder) / "found.npz"
+        given.mkdir()
+        for i, data in enumerate(files):
+            (given / f"{i:06d}").write_bytes(data)
+        code = _BEFORE + runtime.RUNNER + _AFTER
+        # Away from the source tree, so that it cannot import this package by chance.
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(path.resolve()), str(given), str(found), str(batch)],
+            cwd=folder,
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode:
+            last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"the {kind} export does not run in its own runtime: {last}")
+        with np.load(found) as stored:
+            return Results(stored["map"], stored["score"], float(stored["images_per_s"]))
+
+
+def run_checkpoint(compute: Callable, pixels: Sequence[np.ndarray], batch: int) -> Results:
+    """The checkpoint's own results, of images uint8 [h, w, 3] at the network's size."""
+    step = jax.jit(compute)
+    stacked = [pixels[i % len(pixels)] for i in range(-(-len(pixels) // batch) * batch)]
+    parts = [np.stack(stacked[i : i + batch]) for i in range(0, len(stacked), batch)]
+    jax.block_until_ready(step(parts[0]))
+    began = time.perf_counter()
+    found = [[np.asarray(x) for x in step(part)] for part in parts]
+    seconds = time.perf_counter() - began
+    maps, scores = (np.concatenate(x)[: len(pixels)] for x in zip(*found))
+    return Results(maps, scores, len(stacked) / seconds)
+
+
+def shrunk(graph: Graph, files: Sequence[bytes]) -> list[np.ndarray]:
+    """What training would make of the files: uint8 [h, w, 3] at the network's size."""
+    return [images.resize(images.decode(data), graph.size) for data in files]
+
+
+def require_same(kind: str, found: Results, expected: Results, of: str) -> None:
+    """Refuses an export whose results are others.
+
+    Raises:
+      UserError: any value differs by more than `TOLERANCE`.
+    """
+    largest = max(found.differences(expected))
+    if not largest <= TOLERANCE:
+        raise UserError(
+            f"the {kind} export differs from {of} by {largest:.2g}, more than {TOLERANCE:g}: "
+            "nothing was written"
+        )
+
+
+def judge(
+    kind: str, split: TestSplit, found: Results, expected: Results
+) -> dict[str, tuple[float, float]]:
+    """Accepts an export that is rounded on purpose by what it is worth on the test split.
+
+    Returns:
+      By metric, `image_auroc` and `pixel_ap`: the checkpoint's and the export's, in [0, 1]; those
+      that the split leaves undefined are left out.
+
+    Raises:
+      UserError: one is lower by more than `MOST_LOST`, or none is defined.
+    """
+    before, after = split.figures(expected), split.figures(found)
+    figures = {k: (v, after[k]) for k, v in before.items() if v is not None}
+    if not figures:
+        raise UserError(
+            f"the {kind} export is rounded, and is judged on the test split, which lacks normal or "
+            "anomalous images: take a format that is exact, or leave out --int8"
+        )
+    if any(old - new > MOST_LOST for old, new in figures.values()):
+        raise UserError(
+            f"the {kind} export loses more than {100 * MOST_LOST:.1f} points: "
+            f"{describe(figures)}: nothing was written"
+        )
+    return figures
+
+
+def describe(figures: dict[str, tuple[float, float]]) -> str:
+    """Metrics before and after, in percent, as one line."""
+    return ", ".join(
+        f"{results.COLUMNS[k]} {100 * old:.2f} before, {100 * new:.2f} after"
+        for k, (old, new) in figures.items()
+    )
+
+
+# --- for those who integrate it -------------------------------------------------------------------
+
+
+def write_golden(
+    folder: pathlib.Path, files: Sequence[bytes], found: Results, threshold: float | None
+) -> None:
+    """Writes images and what the export makes of them, for integration in another language.
+
+    The images of the lowest, the middle and the highest score: `0.png`, RGB at the size that the
+    export takes; `0.npy`, its map; `expected.json`, scores and verdicts.
+    """
+    folder.mkdir()
+    order = np.argsort(found.scores, kind="stable")
+    chosen = sorted({0, (len(order) - 1) // 2, len(order) - 1})
+    rows: list[dict[str, Any]] = []
+    for i, number in enumerate(order[chosen]):
+        (folder / f"{i}.png").write_bytes(images.encode_png(images.decode(files[number])))
+        np.save(folder / f"{i}.npy", found.maps[number].astype(np.float32))
+        score = float(found.scores[number])
+        rows.append({"image": f"{i}.png", "map": f"{i}.npy", "score": score})
+        if threshold is not None:
+            rows[-1]["verdict"] = "anomalous" if score >= threshold else "normal"
+    expected = {"tolerance": TOLERANCE, "threshold": threshold, "images": rows}
+    (folder / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")

@@ -1,0 +1,81 @@
+"""What is exported: the resize, the network and the score, as functions of a batch of images."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prn_jax import evaluate
+from prn_jax.export import resize
+from prn_jax.predict import Detector
+
+Size = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A trained network for other runtimes; float32 throughout.
+
+    Attributes:
+      compute_map: uint8 [b, *size, 3] -> maps, float32 [b, *size] in [0, 1].
+      size: (height, width) of the network.
+      given: (height, width) of the images that the export takes.
+      batch: images that it takes at a time; 0: any number.
+      score_pixels: see `evaluate.image_score`.
+      about: what its user has to know: plain JSON types.
+      opset: of ONNX; None: the converter's own.
+      calibration: uint8 [n, *size, 3], by which an integer network is made; None: none is.
+    """
+
+    compute_map: Callable[[jax.Array], jax.Array]
+    size: Size
+    given: Size
+    batch: int
+    score_pixels: int
+    about: dict[str, Any]
+    opset: int | None = None
+    calibration: np.ndarray | None = None
+
+    def compute(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps and scores of images at the network's size."""
+        maps = self.compute_map(image)
+        return maps, evaluate.image_score(maps, self.score_pixels)
+
+    def resize(self, image: jax.Array) -> jax.Array:
+        """Images at the camera's size -> at the network's."""
+        return resize.resize(image, self.size)
+
+    def spec(self, size: Size) -> jax.ShapeDtypeStruct:
+        """Of a batch of images at a size."""
+        batch = self.batch or jax.export.symbolic_shape("b")[0]
+        return jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8)
+
+
+def make(
+    detector: Detector,
+    about: dict[str, Any],
+    given: Size | None = None,
+    batch: int = 0,
+    opset: int | None = None,
+    calibration: np.ndarray | None = None,
+) -> Graph:
+    """The graph of a detector; see `Graph`.
+
+    Raises:
+      UserError: the camera's images are too large for the network.
+    """
+    size = detector.image_size
+    resize.check(given or size, size)
+    model = detector.model.clone(dtype=jnp.float32)
+    variables = jax.tree.map(jnp.asarray, jax.device_get(detector.variables))
+
+    def compute_map(image):
+        return jax.nn.sigmoid(model.apply(variables, image))
+
+    return Graph(
+        compute_map, size, given or size, batch, detector.config.score_pixels, about, opset,
+        calibration,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""ONNX, by jax2onnx; with 8-bit convolutions where there are images to calibrate by."""
+
+import contextlib
+import json
+import logging
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from prn_jax.errors import UserError
+from prn_jax.export.graph import Graph
+
+NEEDS = ("jax2onnx", "onnxruntime")
+IS_EXACT = True  # without calibration
+RUNNER = """
+import onnxruntime
+onnxruntime.set_default_logger_severity(3)
+session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+def run(image):
+    return session.run(["map", "score"], {"image": image})
+"""
+_OUTPUTS = ["map", "score"]
+
+
+def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -> None:
+    """Writes the file; its `metadata_props` describe the network.
+
+    Args:
+      graph: what to write.
+      path: of the file.
+      alone: where the network without the resize goes, to be judged by itself.
+
+    Raises:
+      UserError: `graph.opset` is none that jax2onnx can write.
+    """
+    import onnx
+
+    model = _convert(graph, graph.compute, graph.size, _OUTPUTS)
+    if graph.calibration is not None:
+        model = _quantised(model, graph.calibration)
+    if alone:
+        onnx.save(model, str(alone))
+    if graph.given != graph.size:
+        model = _after(_convert(graph, graph.resize, graph.given, ["resized"]), model)
+    onnx.helper.set_model_props(
+        model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in graph.about.items()}
+    )
+    onnx.save(model, str(path))
+
+
+def _convert(graph: Graph, function, size, outputs):
+    import jax2onnx
+
+    with _quiet("onnx_ir.serde"):  # one warning for each of 220 values without a type
+        try:
+            return jax2onnx.to_onnx(
+                function,
+                [graph.spec(size)],
+                model_name="prn",
+                input_names=["image"],
+                output_names=outputs,
+                **({} if graph.opset is None else {"opset": graph.opset}),
+            )
+        except (NotImplementedError, ValueError) as error:
+            if graph.opset is None:
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--opset={graph.opset}: jax2onnx cannot write it: {reason}") from error
+
+
+def _after(first, second):
+    """One model of two: the output of `first` becomes the input of `second`."""
+    import onnx
+
+    # Names in `second` stay, its outputs' above all; those of `first` get out of their way.
+    first = onnx.compose.add_prefix(first, "resize_")
+    first.ir_version = second.ir_version
+    merged = onnx.compose.merge_models(
+        first, second, io_map=[(first.graph.output[0].name, second.graph.input[0].name)]
+    )
+    image = merged.graph.input[0]
+    for node in merged.graph.node:
+        for i, name in enumerate(node.input):
+            if name == image.name:
+                node.input[i] = "image"
+    image.name = "image"
+    return merged
+
+
+def _quantised(model, images: np.ndarray):
+    """8-bit convolutions, in QDQ form, per channel; everything else stays float32.
+
+    Weights have 7 bits: on a CPU without VNNI's instructions the sums of 8 bits would saturate, and
+    what was accepted here would not hold there.
+    """
+    import tempfile
+
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self._left = iter(images[i : i + 1] for i in range(len(images)))
+
+        def get_next(self):
+            image = next(self._left, None)
+            return None if image is None else {"image": image}
+
+    with tempfile.TemporaryDirectory() as folder, _quiet(""):
+        given, prepared, made = (str(pathlib.Path(folder) / x) for x in ("given", "ready", "made"))
+        onnx.save(model, given)
+        quant_pre_process(given, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            made,
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            reduce_range=True,
+        )
+        return onnx.load(made)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,51 @@
+"""OpenVINO's intermediate representation, float16 weights, made from the ONNX model.
+
+Compile it with `{"INFERENCE_PRECISION_HINT": "f32"}`: on CPUs that have bfloat16, OpenVINO computes
+in it otherwise, too coarsely for the levels of a resize and for the figures that were judged.
+"""
+
+import json
+import pathlib
+import tempfile
+
+from prn_jax.export import onnx
+from prn_jax.export.graph import Graph
+
+NEEDS = ("jax2onnx", "onnxruntime", "openvino")
+IS_EXACT = False
+RUNNER = """
+import openvino
+compiled = openvino.Core().compile_model(
+    path + "/model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+)
+def run(image):
+    found = compiled(image)
+    return found["map"], found["score"]
+"""
+
+
+def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -> None:
+    """Writes the folder: `model.xml`, whose `rt_info` describes the network, and `model.bin`.
+
+    Args:
+      graph: what to write.
+      path: of the folder.
+      alone: where the network without the resize goes, to be judged by itself.
+
+    Raises:
+      UserError: see `onnx.write`.
+    """
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        file, file_alone = (pathlib.Path(folder) / x for x in ("model.onnx", "alone.onnx"))
+        onnx.write(graph, file, file_alone)
+        for source, target in ((file, path), (file_alone, alone)):
+            if target is None:
+                continue
+            model = openvino.convert_model(str(source))
+            for name, value in graph.about.items():
+                text = value if isinstance(value, str) else json.dumps(value)
+                model.set_rt_info(text, ["prn_jax", name])
+            target.mkdir()
+            openvino.save_model(model, str(target / "model.xml"), compress_to_fp16=True)
