@@ -21,7 +21,7 @@ class Graph:
 
     Attributes:
       compute_map: uint8 [b, *size, 3] -> maps, float32 [b, *size] in [0, 1].
-      size: (height, width) of the network.
+      size: (height, width) of the network, or of the whole that its tiles are laid to.
       given: (height, width) of the images that the export takes.
       batch: images that it takes at a time; 0: any number.
       score_pixels: see `evaluate.image_score`.
@@ -73,7 +73,7 @@ def make(
     variables = jax.tree.map(jnp.asarray, jax.device_get(detector.variables))
 
     def compute_map(image):
-        return jax.nn.sigmoid(model.apply(variables, image))
+        return evaluate.stitched_maps(model, variables, image)
 
     return Graph(
         compute_map, size, given or size, batch, detector.config.score_pixels, about, opset,
