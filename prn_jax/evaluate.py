@@ -181,7 +181,7 @@ def stitched_maps(model: PRN, variables: Tree, image: jax.Array) -> jax.Array:
 
 def _interest(model: PRN, variables: Tree) -> np.ndarray:
     """Where a stitched image counts, uint8 [h, w] in {0, 1}."""
-    stored = variables["prototypes"].get("interest")
+    stored = variables.get("prototypes", {}).get("interest")
     if stored is None:
         return np.ones(model.tiling.size, np.uint8)
     return np.asarray(jax.device_get(stored["mask"]))
@@ -217,9 +217,9 @@ def _stitch(
             for part, counts in zip(tiling.rows(some), tiling.rows(interest[None]), strict=True):
                 tiles = row.cut(part)
                 masks = np.tile(row.cut(counts), (len(some), 1, 1))
-                empty = [np.empty((len(tiles), dimensions), np.float32)]
+                empty = (np.empty((len(tiles), dimensions), np.float32),)
                 if with_maps:
-                    empty.insert(0, np.empty(tiles.shape[:3], np.float32))
+                    empty = (np.empty(tiles.shape[:3], np.float32), *empty)
                 *values, mean = _run(step, variables, (tiles, masks), mesh, size, empty)
                 strips += [row.blend(x) for x in values]
                 means.append(mean.reshape(len(some), row.count, dimensions))

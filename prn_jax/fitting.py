@@ -84,7 +84,8 @@ def fit_prototypes(
     result["whole"] = meshes.replicate(mesh, whole)
     if not model.trained:
         result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
-        maps, *_ = predict(model, variables | {"prototypes": result}, images, mesh)
+        stored = {"prototypes": variables.get("prototypes", {}) | result}
+        maps, *_ = predict(model, variables | stored, images, mesh)
         # With 1 for the reference the map is d / (d + 1).
         highest = np.max(maps, axis=(1, 2)).astype(np.float64)
         reference = np.mean(highest / (1.0 - highest))
