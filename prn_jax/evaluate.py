@@ -213,19 +213,19 @@ def _stitch(
     with bar:
         for start in range(0, len(images), together):
             some = images[start : start + together]
-            strips, means, weights = [], [], []
-            for part, counts in zip(tiling.rows(some), tiling.rows(interest[None]), strict=True):
+            means, weights = [], []
+            parts = zip(tiling.rows(some), tiling.rows(interest[None]), strict=True)
+            for number, (part, counts) in enumerate(parts):
                 tiles = row.cut(part)
                 masks = np.tile(row.cut(counts), (len(some), 1, 1))
                 empty = (np.empty((len(tiles), dimensions), np.float32),)
                 if with_maps:
                     empty = (np.empty(tiles.shape[:3], np.float32), *empty)
                 *values, mean = _run(step, variables, (tiles, masks), mesh, size, empty)
-                strips += [row.blend(x) for x in values]
+                for strip in map(row.blend, values):
+                    tiling.lay(maps[start : start + len(some)], strip, number)
                 means.append(mean.reshape(len(some), row.count, dimensions))
                 weights.append(masks.mean(axis=(1, 2)).reshape(len(some), row.count, 1))
-            if with_maps:
-                maps[start : start + len(some)] = tiling.stack(strips)
             means, weights = np.concatenate(means, axis=1), np.concatenate(weights, axis=1)
             amount = np.maximum(weights.sum(axis=1), 1e-6)
             found[start : start + len(some)] = (means * weights).sum(axis=1) / amount

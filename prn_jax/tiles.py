@@ -6,8 +6,10 @@ other linearly: what is constant stays so to the bit, and what is smooth stays s
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 # Of NumPy or of JAX: slices are static, so that every export can have them.
@@ -94,11 +96,20 @@ class Tiling:
         rows, columns = self.grid
         maps = xp.reshape(maps, (-1, rows, columns, *maps.shape[1:]))
         strips = [self._join([maps[:, i, j] for j in range(columns)], 2) for i in range(rows)]
-        return self.stack(strips)
-
-    def stack(self, strips: list[Array]) -> Array:
-        """Lays blended rows, each [n, h, width, ...], together: [n, height, width, ...]."""
         return self._join(strips, 1)
+
+    def lay(self, maps: np.ndarray, strip: np.ndarray, row: int) -> None:
+        """Does a part of `blend` in place, for maps too large to be held twice.
+
+        Args:
+          maps: [n, height, width], in which the rows of tiles before this one lie.
+          strip: a row of tiles, blended by `row.blend`, [n, h, width].
+          row: its number.
+        """
+        start, overlap = row * (self.tile[0] - self.overlap), self.overlap if row else 0
+        seam = maps[:, start : start + overlap]
+        seam += _ramp(np, overlap, maps.dtype)[:, None] * (strip[:, :overlap] - seam)
+        maps[:, start + overlap : start + self.tile[0]] = strip[:, overlap:]
 
     def _join(self, parts: list[Array], axis: int) -> Array:
         """Lays parts together along an axis, the end of each over the beginning of the next."""
@@ -106,7 +117,7 @@ class Tiling:
             return parts[0].__array_namespace__().concatenate(parts, axis=axis)
         xp, overlap = parts[0].__array_namespace__(), self.overlap
         take = functools.partial(_take, axis=axis)
-        ramp = (xp.arange(overlap, dtype=parts[0].dtype) + 0.5) / overlap
+        ramp = _ramp(xp, overlap, parts[0].dtype)
         ramp = xp.reshape(ramp, (-1, *[1] * (parts[0].ndim - axis - 1)))
         inner = self.tile[axis - 1] - overlap
         laid = [take(parts[0], 0, inner)]
@@ -116,6 +127,10 @@ class Tiling:
             laid += [end + ramp * (beginning - end), take(after, overlap, inner)]
         laid.append(take(parts[-1], inner, None))
         return xp.concatenate(laid, axis=axis)
+
+
+def _ramp(xp: ModuleType, overlap: int, dtype: Any) -> Array:
+    return (xp.arange(overlap, dtype=dtype) + 0.5) / overlap
 
 
 def _parts(images: Array, axis: int, count: int, size: int, overlap: int) -> list[Array]:
