@@ -52,14 +52,19 @@ class Tiling:
         """Places."""
         return self.grid[0] * self.grid[1]
 
-    @property
-    def row(self) -> "Tiling":
-        """The tiling of one row of tiles."""
-        return dataclasses.replace(self, grid=(1, self.grid[1]))
+    def bands(self, tiles: int) -> list[tuple[slice, "Tiling"]]:
+        """Rows of tiles, as many together as have at most so many tiles, but at least one.
 
-    def rows(self, images: Array) -> list[Array]:
-        """The part of images, [n, height, width, ...], that each row of tiles covers."""
-        return _parts(images, 1, self.grid[0], self.tile[0], self.overlap)
+        Returns:
+          The pixel rows of each band, and its own tiling.
+        """
+        (rows, columns), step = self.grid, self.tile[0] - self.overlap
+        some = min(rows, max(1, tiles // columns))
+        found = []
+        for first in range(0, rows, some):
+            band = dataclasses.replace(self, grid=(min(some, rows - first), columns))
+            found.append((slice(first * step, first * step + band.size[0]), band))
+        return found
 
     def cut(self, images: Array) -> Array:
         """Cuts images into tiles.
@@ -72,16 +77,14 @@ class Tiling:
         """
         xp = images.__array_namespace__()
         tiles = [
-            x for part in self.rows(images)
-            for x in _parts(part, 2, self.grid[1], self.tile[1], self.overlap)
+            x for part in self._parts(images, 0) for x in self._parts(part, 1)
         ]  # fmt: skip
         return xp.reshape(xp.stack(tiles, axis=1), (-1, *self.tile, *images.shape[3:]))
 
     def at(self, images: Array, place: int) -> Array:
         """The tiles of one place, [n, h, w, ...], of images of `size`."""
         row, column = divmod(place, self.grid[1])
-        parts = _parts(self.rows(images)[row], 2, self.grid[1], self.tile[1], self.overlap)
-        return parts[column]
+        return self._parts(self._parts(images, 0)[row], 1)[column]
 
     def blend(self, maps: Array) -> Array:
         """Lays what was made of tiles together.
@@ -98,18 +101,25 @@ class Tiling:
         strips = [self._join([maps[:, i, j] for j in range(columns)], 2) for i in range(rows)]
         return self._join(strips, 1)
 
-    def lay(self, maps: np.ndarray, strip: np.ndarray, row: int) -> None:
+    def lay(self, maps: np.ndarray, band: np.ndarray, rows: slice) -> None:
         """Does a part of `blend` in place, for maps too large to be held twice.
 
         Args:
-          maps: [n, height, width], in which the rows of tiles before this one lie.
-          strip: a row of tiles, blended by `row.blend`, [n, h, width].
-          row: its number.
+          maps: [n, height, width], in which the bands before this one lie.
+          band: blended by its own tiling, [n, h, width].
+          rows: its pixel rows.
         """
-        start, overlap = row * (self.tile[0] - self.overlap), self.overlap if row else 0
-        seam = maps[:, start : start + overlap]
-        seam += _ramp(np, overlap, maps.dtype)[:, None] * (strip[:, :overlap] - seam)
-        maps[:, start + overlap : start + self.tile[0]] = strip[:, overlap:]
+        overlap = self.overlap if rows.start else 0
+        here = maps[:, rows]
+        seam = here[:, :overlap]
+        seam += _ramp(np, overlap, maps.dtype)[:, None] * (band[:, :overlap] - seam)
+        here[:, overlap:] = band[:, overlap:]
+
+    def _parts(self, images: Array, side: int) -> list[Array]:
+        """What each row (side 0) or column (side 1) of tiles covers."""
+        size = self.tile[side]
+        starts = (i * (size - self.overlap) for i in range(self.grid[side]))
+        return [_take(images, start, start + size, side + 1) for start in starts]
 
     def _join(self, parts: list[Array], axis: int) -> Array:
         """Lays parts together along an axis, the end of each over the beginning of the next."""
@@ -131,11 +141,6 @@ class Tiling:
 
 def _ramp(xp: ModuleType, overlap: int, dtype: Any) -> Array:
     return (xp.arange(overlap, dtype=dtype) + 0.5) / overlap
-
-
-def _parts(images: Array, axis: int, count: int, size: int, overlap: int) -> list[Array]:
-    starts = (i * (size - overlap) for i in range(count))
-    return [_take(images, start, start + size, axis) for start in starts]
 
 
 def _take(array: Array, start: int, stop: int | None, axis: int) -> Array:
