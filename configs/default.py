@@ -100,6 +100,9 @@ def get_config() -> ConfigDict:
     config.loss.focal_weight = 5.0
     config.loss.focal_alpha = 0.5
     config.loss.focal_gamma = 4.0
+    # Weight of the batch's Dice loss, which the many pixels without an anomaly do not water down;
+    # 0: none. Beyond the paper.
+    config.loss.dice_weight = 0.0
 
     # --- training ------------------------------------------------------------------------------
     # Images per step over all devices and hosts. PRNet: 48; ours divides among more devices.

@@ -38,6 +38,7 @@ FREE_FIELDS = (
 _BEFORE = {
     "data.holdout": 0.0,
     "decoder.stem": False,
+    "loss.dice_weight": 0.0,
     "optimizer.average": 0.0,
     "optimizer.clip": 0.0,
     "prototypes.max_images": 1000,

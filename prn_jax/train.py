@@ -173,8 +173,12 @@ def make_train_step(
         smooth_l1 = losses.smooth_l1(logits, mask)
         focal = losses.focal(logits, mask, config.loss.focal_alpha, config.loss.focal_gamma)
         loss = smooth_l1 + config.loss.focal_weight * focal
+        values = {"smooth_l1": smooth_l1, "focal": focal}
+        if config.loss.dice_weight:
+            values["dice"] = losses.dice(logits, mask, lambda x: jax.lax.psum(x, "data"))
+            loss += config.loss.dice_weight * values["dice"]
         # Averaged before it is differentiated, so that the gradient is the global batch's.
-        values = {"loss": loss, "smooth_l1": smooth_l1, "focal": focal}
+        values["loss"] = loss
         values = jax.lax.pmean(values, "data")
         return values["loss"], (values, updates["batch_stats"])
 
