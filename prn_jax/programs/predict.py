@@ -22,6 +22,9 @@ THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Score from which an image is anomalous; default: the checkpoint's."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time.", lower_bound=1)
+SHARD = flags.DEFINE_string(
+    "shard", "", "2/8: the second of eight parts, as of a job array; the last to end joins them."
+)
 PICTURES = flags.DEFINE_bool("pictures", True, "Write heat maps and overlays.")
 flags.mark_flags_as_required(["checkpoint"])
 
@@ -30,10 +33,15 @@ def main(patterns: list[str]) -> None:
     """Predicts, and says what was found."""
     from absl import logging
 
-    from prn_jax import mesh, predict, predictions, thresholds
+    from prn_jax import mesh, predict, predictions, shards, thresholds
 
     names = predictions.find(patterns)
-    output = predictions.prepare(OUTPUT.value)
+    folder = OUTPUT.value
+    if SHARD.value:
+        number, count = shards.parse(SHARD.value)
+        names, folder = shards.select(names, number, count), shards.folder(folder, number, count)
+        shards.begin(folder)
+    output = predictions.prepare(folder)
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)
     threshold = THRESHOLD.value
@@ -52,6 +60,8 @@ def main(patterns: list[str]) -> None:
         with_pictures=PICTURES.value,
     )
     print(predictions.summary(rows, time.monotonic() - began, output), flush=True)
+    if SHARD.value:
+        print(shards.join(OUTPUT.value, count), flush=True)
     if any(row["error"] for row in rows):
         sys.exit(1)
 
