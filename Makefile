@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python launch/main.py --config=configs/demo.py --workdir=runs/demo
@@ -17,6 +17,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The quick tests with the lowest versions that setup.py allows.
+lowest: $(VENV)-lowest/.done
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+$(VENV)-lowest/.done: setup.py
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python \
+		--resolution lowest-direct -e ".[demo,dev]"
+	touch $@
+
 $(VENV)/.demo: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -28,4 +39,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-lowest runs

@@ -205,6 +205,11 @@ def get_config() -> ConfigDict:
     # --- logs and checkpoints --------------------------------------------------------------------
     # Steps between two progress lines and TensorBoard points.
     config.log_every = 10
+    # The step after which a profile for TensorBoard or XProf begins, and the steps that it takes;
+    # 0: none. 10 is past compilation.
+    config.profile = ConfigDict()
+    config.profile.first_step = 0
+    config.profile.steps = 5
     # Steps and minutes between two checkpoints, whichever comes first; 0 switches one off. The
     # last step is always saved.
     config.checkpoint = ConfigDict()

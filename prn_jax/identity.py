@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "eval_batch_size",
     "eval_every",
     "log_every",
+    "profile",
     "thresholds",
     "total_steps",
 )

@@ -130,7 +130,7 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
       `metrics` as in a training's results; `thresholds` by name (`stored`, `measured`): the figures
       of `at_thresholds`; `images`: id, defect and score of each. And what draws its sheet.
     """
-    maps, scores = evaluate.predict(
+    maps, scores, *_ = evaluate.predict(
         detector.model,
         detector.variables,
         found.image,

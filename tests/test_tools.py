@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from sklearn import metrics as skmetrics
 
 import prn_jax
 from configs import demo
-from prn_jax import experiment, export, predict, results
+from prn_jax import experiment, export, input_pipeline, predict, results
 from prn_jax.errors import UserError
+from tests import trees
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -122,6 +124,49 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     result = execute("predict", f"--checkpoint={trained}", tmp_path / "nothing*")
     assert result.returncode == 1
     assert "nothing*: there are no images" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
+    stored, run = results.read_predictions(trained), results.read_run(trained)
+    config = demo.get_config()
+    config.image_size, config.data.data_dir = (64, 64), run["config"]["data"]["data_dir"]
+    seen = input_pipeline.load_category(config, "gravel").seen.image
+    labels = [row["defect"] != "good" for row in run["test"]]
+    for number, (image, row) in enumerate(zip(stored["image"], run["test"])):
+        if number % 2:
+            folder = "good" if row["defect"] == "good" else "Ü 划痕"
+            trees.save(tmp_path / f"day/test/{folder}/{number:03d}.png", image)
+            if row["defect"] != "good":
+                mask = stored["mask"][number] * np.uint8(255)
+                trees.save(tmp_path / f"day/ground_truth/{folder}/{number:03d}.png", mask)
+    trees.save(tmp_path / "day/test/Ü 划痕/renamed.png", seen[0])
+    output = tmp_path / "out"
+    result = execute("evaluate", f"--checkpoint={trained}", f"--images={tmp_path}/day",
+                     f"--output={output}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "1 of 26 images were trained on and are left out: test/Ü 划痕/renamed" in result.stderr
+    found = json.loads((output / "evaluation.json").read_text())
+    odd = [row["score"] for row in run["test"][1::2]]
+    order = {row["id"]: row["score"] for row in found["images"]}
+    np.testing.assert_allclose(sorted(order.values()), sorted(odd), atol=1e-6)
+    expected = skmetrics.roc_auc_score(labels[1::2], odd)
+    assert found["metrics"]["image_auroc"] == pytest.approx(expected, abs=1e-9)
+    at, called = found["thresholds"]["stored"], np.array(odd) >= run["thresholds"]["image"]
+    truth = np.array(labels[1::2])
+    assert at["recall"] == pytest.approx(skmetrics.recall_score(truth, called))
+    assert at["false_alarms"] == pytest.approx(called[~truth].mean())
+    assert at["precision"] == pytest.approx(skmetrics.precision_score(truth, called))
+    assert found["thresholds"]["measured"]["recall"] >= at["recall"] or (
+        found["thresholds"]["measured"]["precision"] >= at["precision"]
+    )
+    assert result.stdout == (output / "evaluation.md").read_text()
+    with Image.open(output / "evaluation.png") as sheet:
+        assert sheet.width > 300
+    # Its own data: nothing that it was trained on.
+    result = execute("evaluate", f"--checkpoint={trained}", "--split=train", f"--output={output}")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: all these images were trained on")
 
 
 @pytest.mark.slow

@@ -31,6 +31,9 @@ COST_OF_FALSE_ALARM = flags.DEFINE_float(
     "cost_of_false_alarm", None, "and of a normal one that is called anomalous."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time.", lower_bound=1)
+SHARD = flags.DEFINE_string(
+    "shard", "", "2/8: the second of eight parts, as of a job array; the last to end joins them."
+)
 PICTURES = flags.DEFINE_bool("pictures", True, "Write heat maps, overlays and masks.")
 PIXEL_THRESHOLD = flags.DEFINE_float(
     "pixel_threshold", None, "Value from which a pixel is anomalous; default: the checkpoint's."
@@ -51,11 +54,16 @@ def main(patterns: list[str]) -> None:
     """Predicts, and says what was found."""
     from absl import logging
 
-    from prn_jax import explain, mesh, predict, predictions, thresholds
+    from prn_jax import explain, mesh, predict, predictions, shards, thresholds
     from prn_jax.tables import Asked
 
     names = predictions.find(patterns)
-    output = predictions.prepare(OUTPUT.value)
+    folder = OUTPUT.value
+    if SHARD.value:
+        number, count = shards.parse(SHARD.value)
+        names, folder = shards.select(names, number, count), shards.folder(folder, number, count)
+        shards.begin(folder)
+    output = predictions.prepare(folder)
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)
     normals = explain.read(CHECKPOINT.value) if EXPLAIN.value else None
@@ -95,6 +103,8 @@ def main(patterns: list[str]) -> None:
         batch_size=BATCH_SIZE.value,
     )
     print(predictions.summary(rows, time.monotonic() - began, output), flush=True)
+    if SHARD.value:
+        print(shards.join(OUTPUT.value, count), flush=True)
     if any(row["error"] for row in rows):
         sys.exit(1)
 
