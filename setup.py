@@ -57,6 +57,7 @@ setup(
             "ruff>=0.17.6",
             "scikit-learn>=1.9",
             "selenium>=4.51",
+            "tifffile>=2026.3",
         ],
     },
     classifiers=[

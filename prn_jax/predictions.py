@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from prn_jax import evaluate, images, pictures, results
+from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector
 from prn_jax.progress import duration
@@ -140,6 +141,7 @@ def prepare(output: str | os.PathLike) -> pathlib.Path:
     Raises:
       UserError: it cannot be made or written to.
     """
+    check_outside(output, "--output")
     folder = pathlib.Path(output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import flax.linen as nn
 import pytest
 
 from configs import default, mvtec
@@ -21,6 +22,7 @@ from configs import folder as folder_config
 from prn_jax import datasets, experiment, identity, pretrained, program, train
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import Identity
+from prn_jax.models import backbone
 from tests.processes import ROOT, execute, finish, start
 from tests.trees import draw, draw_mask, make_mvtec, save
 
@@ -211,14 +213,32 @@ def test_a_defect_added_changes_the_fingerprint(tmp_path):
 # --- whole runs -----------------------------------------------------------------------------------
 
 
+class Tiny(nn.Module):
+    """A backbone of four convs, which compiles in a moment."""
+
+    train_stage4: bool = True
+    dtype: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        features = []
+        for name, size in zip(("one_conv", "two_conv", "three_conv", "four_conv"), (4, 2, 2, 2)):
+            collection = "params" if name == "four_conv" else "backbone"
+            x = backbone.Conv(4, 1, size, collection=collection, name=name)(x)
+            features.append(x)
+        return tuple(features)
+
+
 QUICK = {
     "image_size": (64, 64),
+    "backbone.name": "tiny",
     "category": "bolt",
     "num_seen": 3,
     "batch_size": 8,
     "total_steps": 12,
     "backbone.weights": "random",
-    "attention.layers": 1,
+    "attention.layers": 0,
+    "fusion.enabled": False,
     "prototypes.iterations": 2,
     "synthesis.max_textures": 10,
     "log_every": 1,
@@ -250,7 +270,14 @@ def steps_of(folder):
 
 @pytest.fixture(scope="module")
 def finished_once(tmp_path_factory):
+    spec = backbone.BackboneSpec(Tiny, {}, (4, 4, 4, 4), "random")
     folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backbone.BACKBONES, "tiny", spec)
+        yield made(folder)
+
+
+def made(folder):
     make_mvtec(folder / "raw", "bolt", defects={"dent": 6}, train=6, good=3, size=(64, 64))
     run(folder)
     return folder
@@ -368,6 +395,7 @@ def test_a_defect_that_came_while_a_run_was_interrupted_is_refused_by_name(
 @pytest.mark.slow
 def test_the_same_training_twice_harms_nobody(finished_once, tmp_path):
     fields = fields_of(finished_once, total_steps=40)
+    del fields["backbone.name"]  # the processes know no tiny one
     command = [sys.executable, "launch/main.py", "--config=configs/folder.py"]
     command += [f"--workdir={tmp_path}", *(f"--config.{k}={v}" for k, v in fields.items())]
     first = start(command)

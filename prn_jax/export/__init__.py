@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prn_jax import evaluate, results
+from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError
 from prn_jax.export import place
 from prn_jax.predict import Detector
@@ -145,9 +146,11 @@ def prepare(kind: str, path: str | os.PathLike) -> pathlib.Path:
       `path`, absolute.
 
     Raises:
-      UserError: something else lies at `path`, it cannot be written to, or a package is missing.
+      UserError: something else lies at `path`, it is among a run's checkpoints or cannot be
+        written to, or a package is missing.
     """
     path = place.resolve(path)
+    check_outside(path, "--output")
     place.check(path, kind)
     with place.staged(path):
         pass
