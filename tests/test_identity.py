@@ -300,9 +300,9 @@ def add_normal(folder):
 
 
 def add_defect(folder):
-    """One that changes which are drawn as seen ones."""
-    save(folder / "raw/bolt/test/dent/100.png", draw(100, (64, 64)))
-    save(folder / "raw/bolt/ground_truth/dent/100_mask.png", draw_mask(100, (64, 64)))
+    """One that changes which are drawn as seen ones: 000, 001, 005 before, 000, 0000, 004 then."""
+    save(folder / "raw/bolt/test/dent/0000.png", draw(100, (64, 64)))
+    save(folder / "raw/bolt/ground_truth/dent/0000_mask.png", draw_mask(100, (64, 64)))
 
 
 CHANGED = {
@@ -331,9 +331,10 @@ def test_a_finished_run_of_something_else_is_refused_or_made_anew(name, finished
     assert re.search(message, again["identity"]["changes"][0])
     # Trained further, or other pixels counted: other scores. Normal images to train on change none.
     assert (again["test"] == before["test"]) == (name == "images added")
-    assert f"| bolt | {100 * again['metrics']['image_auroc']:.1f}" in (
-        finished / "work/results.md"
-    ).read_text()
+    assert (
+        f"| bolt | {100 * again['metrics']['image_auroc']:.1f}"
+        in (finished / "work/results.md").read_text()
+    )
     # Now it is made of what is there.
     assert run(finished, **fields) == again
     assert "finished before" in said()
@@ -382,10 +383,12 @@ def test_a_defect_that_came_while_a_run_was_interrupted_is_refused_by_name(
             run(finished)
     add_defect(finished)
     with pytest.raises(UserError, match=r"checkpoint of step 6 .*images changed.*no longer a seen "
-                       r"anomaly: test/dent/00\d.*would be tested on.*Put the images"):  # fmt: skip
+                       r"anomaly: test/dent/001, test/dent/005; newly a seen anomaly: test/dent/00"
+                       r"00, test/dent/004.*would be tested on.*Put the images"):  # fmt: skip
         run(finished, allow)
+    assert steps_of(finished)[-1] == 6
     assert not (finished / "work/bolt/results.json").exists()
-    for path in finished.glob("raw/bolt/*/dent/100*"):
+    for path in finished.glob("raw/bolt/*/dent/0000*"):
         path.unlink()
     again = run(finished)
     assert again["split"]["seen"] == seen

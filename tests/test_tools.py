@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -14,17 +16,26 @@ import tensorflow as tf
 from PIL import Image
 
 import prn_jax
-from configs import demo
-from prn_jax import experiment, export, predict, results
+from configs import folder
+from prn_jax import experiment, export, predict, report, results
 from prn_jax.errors import UserError
+from tests.processes import start
+from tests.trees import make_mvtec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+PRODUCT = "Würfel [2] 骰子"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A network of two steps, and where it lies."""
-    config = demo.get_config()
+    """A network of two steps, and where it lies: names as people give them."""
+    raw = tmp_path_factory.mktemp("raw [0] *")
+    make_mvtec(raw, PRODUCT, defects={"Riß [1]": 12}, train=6, good=4, size=(64, 64))
+    config = folder.get_config()
+    config.data.manual_dir = str(raw)
+    config.backbone.name = "efficientnet_lite0"
     config.image_size = (64, 64)
     config.attention.layers = 1
     config.backbone.weights = "random"
@@ -36,7 +47,7 @@ def trained(tmp_path_factory):
     # Brackets are a pattern to whoever globs.
     workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
     experiment.train_and_evaluate(config, str(workdir))
-    return workdir / "gravel"
+    return workdir / PRODUCT
 
 
 def execute(script, *arguments):
@@ -122,6 +133,46 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     result = execute("predict", f"--checkpoint={trained}", tmp_path / "nothing*")
     assert result.returncode == 1
     assert "nothing*: there are no images" in result.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_predicted_and_the_same_command_goes_on(trained, tmp_path):
+    image = results.read_predictions(trained)["image"][0]
+    for number in range(300):
+        Image.fromarray(np.roll(image, number, axis=1)).save(tmp_path / f"{number:03d}.png")
+    arguments = ["predict", f"--checkpoint={trained}", f"--output={tmp_path}/out", "--nopictures",
+                 "--batch_size=1", tmp_path]  # fmt: skip
+    process = start([sys.executable, f"launch/{arguments[0]}.py", *map(str, arguments[1:])])
+    table = tmp_path / "out/predictions.csv"
+
+    def rows():
+        with table.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    while not table.exists() or len(rows()) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 130, log
+    assert log.splitlines()[-1] == (
+        "interrupted; the same command goes on with the images that are left"
+    )
+    assert "Traceback" not in log
+    kept = rows()
+    assert 3 <= len(kept) < 300
+    result = execute(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(kept)} of 300 images were done before" in result.stderr
+    assert len(rows()) == 300
+    assert rows()[: len(kept)] == kept
+
+
+@pytest.mark.slow
+def test_the_report_is_of_any_product(trained, tmp_path):
+    report.write_report(trained.parent, tmp_path / "report.html")
+    assert PRODUCT in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"| {PRODUCT} |" in (trained.parent / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
