@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from prn_jax import losses, pretrained
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
-from prn_jax.errors import Interrupted, UserError, shown
+from prn_jax.errors import Interrupted, shown
 from prn_jax.evaluate import predict
 from prn_jax.identity import Identity
 from prn_jax.models.memory import choose_patches

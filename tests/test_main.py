@@ -206,9 +206,8 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninter
     result = execute(arguments)
     assert result.returncode == 0, result.stderr
     if "and saved" in log:
-        assert (
-            f"resumed from step {re.search(r'stopped at step (.*) and', log)[1]}" in result.stderr
-        )
+        where = re.search("stopped at step (.*) and saved", log)[1]
+        assert f"resumed from step {where}" in result.stderr
     variables, run = uninterrupted
     assert_equal(final_variables(tmp_path), variables)
     again = json.loads((tmp_path / "gravel/results.json").read_text())
@@ -250,6 +249,27 @@ def test_a_finished_category_is_not_run_again(demo_fields, uninterrupted, tmp_pa
     third = execute(command("demo", tmp_path, **fields | {"seed": 1}))
     assert third.returncode == 1
     assert "seed was 0, is 1" in third.stderr
+
+
+@pytest.mark.slow
+def test_the_same_training_twice_harms_nobody(demo_fields, uninterrupted, tmp_path):
+    arguments, lock = command("demo", tmp_path, **demo_fields), tmp_path / "gravel/.lock"
+    first = start(arguments)
+    # The lock is there before anything is loaded.
+    while not lock.exists() or not lock.read_text():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # However slow the newcomer is.
+    second = execute(arguments)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    (line,) = [x for x in second.stderr.splitlines() if x.startswith("error: ")]
+    said = f"another training works in {tmp_path}/gravel (process {first.pid} on "
+    assert line.startswith(f"error: {said}")
+    assert "Traceback" not in second.stderr
+    statuses, _, logs = finish([first])
+    assert statuses == [0], logs
+    assert_equal(final_variables(tmp_path), uninterrupted[0])
 
 
 # --- several processes and devices ----------------------------------------------------------------
