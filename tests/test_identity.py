@@ -61,6 +61,21 @@ def test_what_differs_is_named_and_refused(name):
         assert make().check(make(**changes), "the checkpoint", allow=True).changes
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 8}, "12 steps are done, and none is undone"),
+        ({"white_level": 65535}, "level 4095 was white .* now it is 65535"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_never_allowed(changes, message):
+    for allow in (False, True):
+        with pytest.raises(UserError, match=message) as error:
+            saved = make(white_level=4095)
+            saved.check(dataclasses.replace(saved, **changes), "it", 12, allow)
+        assert "allow_config_change" not in str(error.value)
+
+
 def test_what_changes_no_figure_may_differ():
     config = default.get_config()
     config.update(log_every=3, eval_batch_size=8, eval_every=5)
