@@ -69,9 +69,9 @@ def test_what_differs_is_named_and_refused(name):
     ],
 )
 def test_what_cannot_be_gone_on_with_is_never_allowed(changes, message):
+    saved = make(white_level=4095)
     for allow in (False, True):
         with pytest.raises(UserError, match=message) as error:
-            saved = make(white_level=4095)
             saved.check(dataclasses.replace(saved, **changes), "it", 12, allow)
         assert "allow_config_change" not in str(error.value)
 
