@@ -60,6 +60,7 @@ setup(
             "scikit-learn>=1.5",
             "selenium>=4.25",
             "setuptools>=77",  # builds the wheel that is tested
+            "tifffile>=2024.8",
         ],
     },
     classifiers=[

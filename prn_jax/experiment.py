@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from prn_jax import evaluate, explain, pretrained, results, thresholds, trained_on
 from prn_jax import mesh as meshes
 from prn_jax import train as training
-from prn_jax.checkpoints import Checkpoints, check_name
+from prn_jax.checkpoints import Checkpoints, check_name, holds_checkpoints
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import Identity, as_dict, lock
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
@@ -194,8 +194,7 @@ def _finished_metrics(config, folder, allow_config_change) -> dict[str, float | 
 
 def _has_checkpoint(folder: epath.Path) -> bool:
     """Whether a run goes on from a checkpoint, which has the backbone's weights in it."""
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+    return holds_checkpoints(folder / "checkpoints")
 
 
 @contextlib.contextmanager

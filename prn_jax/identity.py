@@ -173,9 +173,9 @@ class Identity:
             )
         if other.white_level != self.white_level and self.fingerprint:
             raise UserError(
-                f"{text}: of the images of more than 8 bits level {self.white_level} was white, "
-                f"now {other.white_level} is (0: there are none), and the network would see them "
-                "darker or brighter. Put the images back, or give another --workdir"
+                f"{text}: level {self.white_level} was white in images of more than 8 bits, now it "
+                f"is {other.white_level} (0: there are none), and all would be brighter or darker "
+                "to the network. Put the images back, or give another --workdir"
             )
         if found and not allow:
             raise UserError(

@@ -179,7 +179,9 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         )  # fmt: skip
     normal = train.select(train.label == 0)
     if not len(normal):
-        raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
+        raise UserError(
+            f"{config.data.name}/{category}: there are no normal images to train on; add some"
+        )
     held_out = set(holdout_split(normal.id, config.data.holdout, config.split_seed))
     held = normal.select([x in held_out for x in normal.id])
     normal = normal.select([x not in held_out for x in normal.id])
@@ -367,7 +369,8 @@ def train_batches(
     """
     if config.batch_size % process_count:
         raise UserError(
-            f"batch_size={config.batch_size} cannot be divided among {process_count} processes"
+            f"batch_size={config.batch_size} cannot be divided among {process_count} processes: "
+            f"give a multiple of {process_count}"
         )
     local = config.batch_size // process_count
     plan, make = Plan(config, len(data.train), len(data.seen)), sample_maker(config, data)

@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from prn_jax import evaluate, explain, images, pictures, results, tables
+from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector, Inspection
 from prn_jax.progress import duration
@@ -133,6 +134,7 @@ def prepare(output: str | os.PathLike) -> pathlib.Path:
     Raises:
       UserError: it cannot be made or written to.
     """
+    check_outside(output, "--output")
     folder = pathlib.Path(output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prn_jax import export
+from prn_jax import export, predictions
 from prn_jax.errors import UserError
 from prn_jax.export import place
 
@@ -142,3 +142,20 @@ def test_the_program_refuses_a_run_before_it_reads_the_checkpoint(tmp_path):
     assert "is a folder that no run.json calls an export" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["run/checkpoints/bolt", "link/14", "run/checkpoints"])
+def test_nothing_is_written_among_checkpoints(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    occupy(tmp_path / "run", "run")
+    (tmp_path / "link").symlink_to("run/checkpoints")
+    before = tree(tmp_path)
+    message = f"--output=.*{output}: nothing else may lie among the checkpoints in .*run"
+    with pytest.raises(UserError, match=message):
+        export.prepare("savedmodel", output)
+    with pytest.raises(UserError, match=message):
+        predictions.prepare(output)
+    assert tree(tmp_path) == before
+    # A folder that is only called so, without any, is anybody's.
+    (tmp_path / "checkpoints").mkdir()
+    export.prepare("savedmodel", "checkpoints/bolt")

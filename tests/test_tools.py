@@ -4,29 +4,41 @@ import csv
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from ml_collections import ConfigDict
 from PIL import Image
 from sklearn import metrics as skmetrics
 
 import prn_jax
-from configs import demo
-from prn_jax import experiment, export, input_pipeline, predict, results
+from configs import folder
+from prn_jax import experiment, export, input_pipeline, predict, report, results
 from prn_jax.errors import UserError
 from tests import trees
+from tests.processes import start
+from tests.trees import make_mvtec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+PRODUCT = "Würfel [2] 骰子"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A network of two steps, and where it lies."""
-    config = demo.get_config()
+    """A network of two steps, and where it lies: names as people give them."""
+    raw = tmp_path_factory.mktemp("raw [0] *")
+    make_mvtec(raw, PRODUCT, defects={"Riß [1]": 12}, train=6, good=4, size=(64, 64))
+    config = folder.get_config()
+    config.data.manual_dir = str(raw)
+    config.backbone.name = "efficientnet_lite0"
     config.image_size = (64, 64)
     config.attention.layers = 1
     config.backbone.weights = "random"
@@ -38,7 +50,7 @@ def trained(tmp_path_factory):
     # Brackets are a pattern to whoever globs.
     workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
     experiment.train_and_evaluate(config, str(workdir))
-    return workdir / "gravel"
+    return workdir / PRODUCT
 
 
 def execute(script, *arguments):
@@ -129,37 +141,33 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
     stored, run = results.read_predictions(trained), results.read_run(trained)
-    config = demo.get_config()
-    config.image_size, config.data.data_dir = (64, 64), run["config"]["data"]["data_dir"]
-    seen = input_pipeline.load_category(config, "gravel").seen.image
-    labels = [row["defect"] != "good" for row in run["test"]]
+    config = ConfigDict(run["config"]).unlock()
+    config.image_size = tuple(config.image_size)
+    seen = input_pipeline.load_category(config, PRODUCT).seen.image
+    truth = np.array([row["defect"] != "good" for row in run["test"]])
     for number, (image, row) in enumerate(zip(stored["image"], run["test"])):
-        if number % 2:
-            folder = "good" if row["defect"] == "good" else "Ü 划痕"
-            trees.save(tmp_path / f"day/test/{folder}/{number:03d}.png", image)
-            if row["defect"] != "good":
-                mask = stored["mask"][number] * np.uint8(255)
-                trees.save(tmp_path / f"day/ground_truth/{folder}/{number:03d}.png", mask)
+        folder = "good" if row["defect"] == "good" else "Ü 划痕"
+        trees.save(tmp_path / f"day/test/{folder}/{number:03d}.png", image)
+        if row["defect"] != "good":
+            mask = stored["mask"][number] * np.uint8(255)
+            trees.save(tmp_path / f"day/ground_truth/{folder}/{number:03d}.png", mask)
     trees.save(tmp_path / "day/test/Ü 划痕/renamed.png", seen[0])
     output = tmp_path / "out"
     result = execute("evaluate", f"--checkpoint={trained}", f"--images={tmp_path}/day",
                      f"--output={output}")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "1 of 26 images were trained on and are left out: test/Ü 划痕/renamed" in result.stderr
+    left_out = f"1 of {len(truth) + 1} images were trained on and are left out"
+    assert f"{left_out}: test/Ü 划痕/renamed" in result.stderr
     found = json.loads((output / "evaluation.json").read_text())
-    odd = [row["score"] for row in run["test"][1::2]]
+    scores = [row["score"] for row in run["test"]]
     order = {row["id"]: row["score"] for row in found["images"]}
-    np.testing.assert_allclose(sorted(order.values()), sorted(odd), atol=1e-6)
-    expected = skmetrics.roc_auc_score(labels[1::2], odd)
+    np.testing.assert_allclose(sorted(order.values()), sorted(scores), atol=1e-6)
+    expected = skmetrics.roc_auc_score(truth, scores)
     assert found["metrics"]["image_auroc"] == pytest.approx(expected, abs=1e-9)
-    at, called = found["thresholds"]["stored"], np.array(odd) >= run["thresholds"]["image"]
-    truth = np.array(labels[1::2])
+    at, called = found["thresholds"]["stored"], np.array(scores) >= run["thresholds"]["image"]
     assert at["recall"] == pytest.approx(skmetrics.recall_score(truth, called))
     assert at["false_alarms"] == pytest.approx(called[~truth].mean())
     assert at["precision"] == pytest.approx(skmetrics.precision_score(truth, called))
-    assert found["thresholds"]["measured"]["recall"] >= at["recall"] or (
-        found["thresholds"]["measured"]["precision"] >= at["precision"]
-    )
     assert result.stdout == (output / "evaluation.md").read_text()
     with Image.open(output / "evaluation.png") as sheet:
         assert sheet.width > 300
@@ -167,6 +175,46 @@ def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
     result = execute("evaluate", f"--checkpoint={trained}", "--split=train", f"--output={output}")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: all these images were trained on")
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_predicted_and_the_same_command_goes_on(trained, tmp_path):
+    image = results.read_predictions(trained)["image"][0]
+    for number in range(300):
+        Image.fromarray(np.roll(image, number, axis=1)).save(tmp_path / f"{number:03d}.png")
+    arguments = ["predict", f"--checkpoint={trained}", f"--output={tmp_path}/out", "--nopictures",
+                 "--batch_size=1", tmp_path]  # fmt: skip
+    process = start([sys.executable, f"launch/{arguments[0]}.py", *map(str, arguments[1:])])
+    table = tmp_path / "out/predictions.csv"
+
+    def rows():
+        with table.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    while not table.exists() or len(rows()) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 130, log
+    assert log.splitlines()[-1] == (
+        "interrupted; the same command goes on with the images that are left"
+    )
+    assert "Traceback" not in log
+    kept = rows()
+    assert 3 <= len(kept) < 300
+    result = execute(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(kept)} of 300 images were done before" in result.stderr
+    assert len(rows()) == 300
+    assert rows()[: len(kept)] == kept
+
+
+@pytest.mark.slow
+def test_the_report_is_of_any_product(trained, tmp_path):
+    report.write_report(trained.parent, tmp_path / "report.html")
+    assert PRODUCT in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"| {PRODUCT} |" in (trained.parent / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

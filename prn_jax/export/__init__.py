@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from prn_jax import images, results
+from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError
 from prn_jax.export import check, graph, onnx, openvino, place, savedmodel, stablehlo
 from prn_jax.predict import Detector
@@ -137,13 +138,14 @@ def prepare(
       `path`, absolute.
 
     Raises:
-      UserError: something else lies at `path`, it cannot be written to, a package is missing, or
-        the format has no such option.
+      UserError: something else lies at `path`, it is among a run's checkpoints or cannot be
+        written to, a package is missing, or the format has no such option.
     """
     for name, given in (("int8", int8), ("opset", opset is not None)):
         if given and kind not in FROM_ONNX:
             raise UserError(f"--{name} is for --format={' or '.join(FROM_ONNX)}, not for {kind}")
     path = place.resolve(path)
+    check_outside(path, "--output")
     place.check(path, kind)
     with place.staged(path):
         pass
