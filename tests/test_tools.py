@@ -15,7 +15,7 @@ from PIL import Image
 
 import prn_jax
 from configs import demo
-from prn_jax import experiment, export, predict, results
+from prn_jax import experiment, predict, results
 from prn_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -122,30 +122,6 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     result = execute("predict", f"--checkpoint={trained}", tmp_path / "nothing*")
     assert result.returncode == 1
     assert "nothing*: there are no images" in result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", export.FORMATS)
-def test_an_export_runs_without_us_and_computes_the_same(trained, tmp_path, kind):
-    if kind == "onnx":
-        pytest.importorskip("jax2onnx", reason="not installed: pip install -e '.[export]'")
-    detector = prn_jax.load(trained)
-    images = results.read_predictions(trained)["image"][:5]
-    checked = export.export(detector, kind, tmp_path / "made", images)
-    assert checked.images == 5
-    assert checked.map_difference <= 1e-4
-    assert checked.score_difference <= 1e-4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "made.json"]
-
-
-@pytest.mark.slow
-def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
-    wrong = export._RUN.replace("map=maps,", "map=maps + 0.01,")
-    monkeypatch.setattr(export, "_RUN", wrong)
-    images = results.read_predictions(trained)["image"][:2]
-    with pytest.raises(UserError, match="differs from the checkpoint by 0.01"):
-        export.export(prn_jax.load(trained), "stablehlo", tmp_path / "made", images)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
