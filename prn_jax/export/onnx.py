@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -50,9 +51,9 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
 
 
 def _convert(graph: Graph, function, size, outputs):
-    import jax2onnx
+    with _quiet():
+        import jax2onnx
 
-    with _quiet("onnx_ir.serde"):  # one warning for each of 220 values without a type
         try:
             return jax2onnx.to_onnx(
                 function,
@@ -94,8 +95,6 @@ def _quantised(model, images: np.ndarray):
     Weights have 7 bits: on a CPU without VNNI's instructions the sums of 8 bits would saturate, and
     what was accepted here would not hold there.
     """
-    import tempfile
-
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -108,7 +107,7 @@ def _quantised(model, images: np.ndarray):
             image = next(self._left, None)
             return None if image is None else {"image": image}
 
-    with tempfile.TemporaryDirectory() as folder, _quiet(""):
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         given, prepared, made = (str(pathlib.Path(folder) / x) for x in ("given", "ready", "made"))
         onnx.save(model, given)
         quant_pre_process(given, prepared, skip_symbolic_shape=True)
@@ -125,11 +124,11 @@ def _quantised(model, images: np.ndarray):
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """Without what the converters log: their progress, and 220 values that have no type."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
