@@ -7,6 +7,7 @@ Of the normal training images `--held` set the thresholds, and `--judged` others
 how many false alarms there are; the rest is the memory of patches. Figures: docs/experiments.md.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -33,8 +34,10 @@ def main() -> None:
 
     from prn_jax import evaluate, experiment, input_pipeline, thresholds, train
     from prn_jax import mesh as meshes
+    from prn_jax.models.memory import choose_patches
     from prn_jax.models.prn import create_model
     from prn_jax.models.prototypes import num_prototypes
+    from prn_jax.models.whole import fit_whole
 
     config = experiment.checked(CONFIG.value)
     config.total_steps, config.memory.patches, config.data.holdout = 0, PATCHES.value, 0.0
@@ -42,37 +45,65 @@ def main() -> None:
     data = input_pipeline.load_category(config, config.category)
     count = len(data.train) - HELD.value - JUDGED.value
     model = create_model(config, num_prototypes(count, config.prototypes.ratio))
-    variables = meshes.replicate(mesh, train.create_variables(config, model))
+    variables = train.create_variables(config, model)
+    size = config.eval_batch_size
+
+    @jax.jit
+    def extract(image):
+        maps = model.apply(variables, image, method="features")
+        return *maps, model.apply(variables, image, method="descriptor")
+
+    @jax.jit
+    def inspect(stored, *features):
+        *maps, descriptor = features
+        network = {"prototypes": stored}
+        logits = model.apply(network, maps, None, False, method="_logits")
+        distance = model.apply(network, descriptor, method=lambda network, x: network.whole(x))
+        return evaluate.image_score(jax.nn.sigmoid(logits), config.score_pixels), distance
+
+    def in_batches(step, *arrays):
+        parts = [step(*(x[i : i + size] for x in arrays)) for i in range(0, len(arrays[0]), size)]
+        return [np.concatenate([np.asarray(x) for x in found]) for found in zip(*parts)]
+
+    # Features are frozen: they are computed once.
+    normal_features = in_batches(extract, data.train.image)
+    test_features = in_batches(extract, data.test.image)
+    channels = (3, *(x.shape[-1] for x in normal_features[:-1]))
     whole = {rate: [] for rate in RATES}
     for seed in range(DRAWS.value):
         order = np.random.RandomState(seed).permutation(len(data.train))
-        stored = train.fit_prototypes(
-            config, model, variables, data.train.image[order[:count]], mesh
-        )
-        network = variables | {"prototypes": stored}
-
-        def inspect(images, network=network):
-            return evaluate.predict(model, network, images, mesh)
-
-        normal = inspect(data.train.image[order[count:]])
-        test = inspect(data.test.image)
+        kept = [x[order[:count]] for x in normal_features]
+        key = jax.random.key(seed)
+        stored = {
+            "patch_map": {"reference": np.float32(20.0)},
+            "whole": fit_whole(kept[-1], channels, model.num_centres, key, mesh),
+        }
+        for scale, maps in enumerate(kept[:-1]):
+            patches = choose_patches(maps, PATCHES.value, seed)
+            stored |= {
+                f"scale_{scale}": {"maps": maps[:1]},
+                f"memory_{scale}": {"patches": patches},
+            }
+        step = functools.partial(inspect, stored)
+        normal = in_batches(step, *(x[order[count:]] for x in normal_features))
+        test = in_batches(step, *test_features)
         half = [x[: HELD.value] for x in normal], [x[HELD.value :] for x in normal]
         line = [f"draw {seed}:"]
         for rate in RATES:
             known = {
-                "normal": {"source": "held out", "values": half[0][1].tolist()},
-                "whole": {"source": "held out", "values": half[0][2].tolist()},
+                "normal": {"source": "held out", "values": half[0][0].tolist()},
+                "whole": {"source": "held out", "values": half[0][1].tolist()},
             }
             if HELD.value < thresholds.needed(rate):
                 continue
-            score = thresholds.for_false_alarms(known, rate)["value"]
+            limit = thresholds.for_false_alarms(known, rate)["value"]
             distance = thresholds.for_false_alarms(known, rate, "whole")["value"]
             normal_test = data.test.label == 0
             found = [
-                np.mean(half[1][1] >= score),
-                np.mean(test[1][normal_test] >= score),
-                np.mean(test[1][~normal_test] >= score),
-                np.mean(half[1][2] >= distance),
+                np.mean(half[1][0] >= limit),
+                np.mean(test[0][normal_test] >= limit),
+                np.mean(test[0][~normal_test] >= limit),
+                np.mean(half[1][1] >= distance),
             ]
             whole[rate].append(found)
             line.append(f"{rate:.0%}: " + " ".join(f"{100 * x:.1f}" for x in found))
