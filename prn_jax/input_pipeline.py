@@ -161,14 +161,6 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     )
     size, metadata = tuple(config.image_size), builder.info.metadata or {}
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
-    roi = from_text(metadata["roi"], size) if "roi" in metadata else None
-    if roi is not None:
-        logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
-        train, test = (_inside(split, roi, category) for split in (train, test))
-    source = test if builder.seen_from == "test" else train
-    anomalous = source.select(source.label == 1)
-    usable = anomalous.has_mask & anomalous.mask.any(axis=(1, 2))
-    seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, usable))
     lacking = [x for split in (train, test) for x, known in zip(split.id, split.has_mask)
                if not known]  # fmt: skip
     if lacking:
@@ -177,6 +169,14 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
             "alone, and are not drawn as seen ones",
             category, len(lacking), ", ".join(lacking[:5]),
         )  # fmt: skip
+    roi = from_text(metadata["roi"], size) if "roi" in metadata else None
+    if roi is not None:
+        logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
+        train, test = (_inside(split, roi, category) for split in (train, test))
+    source = test if builder.seen_from == "test" else train
+    anomalous = source.select(source.label == 1)
+    usable = anomalous.has_mask & anomalous.mask.any(axis=(1, 2))
+    seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, usable))
     normal = train.select(train.label == 0)
     if not len(normal):
         raise UserError(

@@ -19,7 +19,7 @@ from sklearn import metrics as skmetrics
 
 import prn_jax
 from configs import folder
-from prn_jax import experiment, input_pipeline, predict, report, results
+from prn_jax import experiment, explain, input_pipeline, predict, report, results
 from prn_jax.errors import UserError
 from tests import trees
 from tests.processes import start
@@ -71,6 +71,13 @@ def test_prediction_repeats_the_evaluation(trained, caplog):
     assert maps.shape == stored["map"].shape
     np.testing.assert_allclose(maps, stored["map"].astype(np.float32), atol=1e-3)
     np.testing.assert_allclose(scores, [x["score"] for x in run["test"]], atol=1e-5)
+    np.testing.assert_allclose(
+        detector.inspect(stored["image"]).distance, [x["distance"] for x in run["test"]], rtol=1e-4
+    )
+    normals = explain.read(trained)
+    nearest = [id_ for id_, _ in explain.explain(detector, normals, list(stored["image"]))]
+    assert nearest == [x["nearest"] for x in run["test"]]
+    assert set(nearest) <= set(normals.id)
     # Any sizes, and grey: each map at its image's own size.
     image = stored["image"][0]
     images = [image, image[..., 0], np.zeros((70, 130, 3), np.uint8)]
@@ -106,7 +113,9 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     Image.fromarray(image[:40]).save(folder / "turned.jpg", exif=exif)
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:500])
     output = tmp_path / "out"
-    result = execute("predict", f"--checkpoint={trained}", f"--output={output}", folder)
+    result = execute(
+        "predict", f"--checkpoint={trained}", f"--output={output}", "--explain", folder
+    )
     assert result.returncode == 1
     assert "cut.png: not a readable image" in result.stderr
     assert "Traceback" not in result.stderr
@@ -131,8 +140,11 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     assert sizes == {
         f"{stem}_{kind}.png": size
         for stem, size in (("a", (64, 64)), ("deeper/a", (90, 50)), ("turned", (40, 64)))
-        for kind in ("heat", "overlay")
-    }
+        for kind in ("heat", "mask", "overlay")
+    } | {name: size for name, size in sizes.items() if name.endswith("_why.png")}
+    assert sum(name.endswith("_why.png") for name in sizes) == sum(
+        bool(row["nearest"]) for row in rows.values()
+    )
     result = execute("predict", f"--checkpoint={trained}", tmp_path / "nothing*")
     assert result.returncode == 1
     assert "nothing*: there are no images" in result.stderr
