@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prn_jax import images
-from prn_jax.errors import UserError, shown
+from prn_jax import images, tables
+from prn_jax.errors import UserError
+from prn_jax.predict import Inspection
+from prn_jax.tables import Asked
 
 _State = tuple[int, int]
 
@@ -56,33 +58,18 @@ def _states(folder: pathlib.Path) -> dict[pathlib.Path, _State]:
 
 
 def verdict(
-    detect: Callable[[pathlib.Path], tuple[Any, Any]], path: pathlib.Path, threshold: float | None
+    inspect: Callable[[pathlib.Path], Inspection], path: pathlib.Path, asked: Asked
 ) -> dict[str, Any]:
-    """What a network says of one file, in JSON's types.
+    """What a network says of one file: a row of `tables.public`, and the `seconds` that it took.
 
     Args:
-      detect: gives a map, float [h, w], and a score, as `predict.Detector`.
+      inspect: `predict.Detector.inspect`.
       path: the file.
-      threshold: score from which it is anomalous; None: no verdict.
-
-    Returns:
-      `image`, `score`, `verdict` (anomalous, normal or ""), the map's `highest` value with its
-      `row` and `column`, `seconds` that it took, `error` ("", or why the file cannot be read).
+      asked: the thresholds.
     """
     began = time.monotonic()
     try:
-        values, score = detect(path)
+        row, _ = tables.make(path, inspect(path), "", asked)
     except UserError as error:
-        return {"image": shown(path), "error": str(error)}
-    row, column = divmod(int(values.argmax()), values.shape[1])
-    called = "" if threshold is None else "anomalous" if score >= threshold else "normal"
-    return {
-        "image": shown(path),
-        "score": float(score),
-        "verdict": called,
-        "highest": float(values.max()),
-        "row": row,
-        "column": column,
-        "seconds": round(time.monotonic() - began, 4),
-        "error": "",
-    }
+        row = tables.failed(path, error)
+    return tables.public(row, asked) | {"seconds": round(time.monotonic() - began, 4)}

@@ -11,6 +11,8 @@ from PIL import Image
 from prn_jax import watch
 from prn_jax.errors import UserError
 from prn_jax.images import read_array
+from prn_jax.predict import Inspection
+from prn_jax.tables import Asked
 
 
 class Over(Exception):
@@ -75,19 +77,21 @@ def test_what_is_there_already_is_judged_when_asked_for(tmp_path):
 
 
 def test_a_verdict_is_json_and_an_unreadable_file_an_error(tmp_path):
-    def detect(path):
+    def inspect(path):
         values = read_array(path).mean(-1).astype(np.float32) / 255
-        return values, values.max()
+        return Inspection(values, values.max(), np.float32(7.0))
 
     image = np.zeros((9, 7, 3), np.uint8)
     image[4, 5] = 255
     Image.fromarray(image).save(tmp_path / "a.png")
-    found = json.loads(json.dumps(watch.verdict(detect, tmp_path / "a.png", 0.5)))
+    found = json.loads(json.dumps(watch.verdict(inspect, tmp_path / "a.png", Asked(0.5, 0.9, 8.0))))
     assert (found["verdict"], found["row"], found["column"], found["score"]) == (
         "anomalous", 4, 5, 1.0,
     )  # fmt: skip
-    assert watch.verdict(detect, tmp_path / "a.png", None)["verdict"] == ""
+    assert found["unfamiliar"] == "no"
+    assert [x["area"] for x in found["regions"]] == [1]
+    assert watch.verdict(inspect, tmp_path / "a.png", Asked())["verdict"] == ""
     (tmp_path / "b.png").write_bytes(b"no image")
-    assert "b.png" in watch.verdict(detect, tmp_path / "b.png", 0.5)["error"]
+    assert "b.png" in watch.verdict(inspect, tmp_path / "b.png", Asked(0.5))["error"]
     with pytest.raises(UserError):
-        detect(tmp_path / "b.png")
+        inspect(tmp_path / "b.png")

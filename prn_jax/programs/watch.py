@@ -2,8 +2,8 @@
 
     prn-jax watch /data/camera --checkpoint=runs/bolts/bolt | your-program
 
-A line has image, score, verdict, the map's highest value with its row and column, seconds, and
-error (why a file cannot be read). A file that is still being written is waited for. Ends by Ctrl-C
+A line has what predictions.json has of an image (score, verdict, unfamiliar, regions, error, ...)
+and the seconds that it took. A file that is still being written is waited for. Ends by Ctrl-C
 (exit status 130) or SIGTERM (143), and when nobody reads any more.
 """
 
@@ -15,14 +15,13 @@ import sys
 from absl import flags
 
 from prn_jax import program
+from prn_jax.programs import verdicts
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "<workdir>/<category> of a training.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
-THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "Score from which an image is anomalous; default: the checkpoint's."
-)
 EVERY = flags.DEFINE_float("every", 0.5, "Seconds between two looks at the folder.", 0.01)
 EXISTING = flags.DEFINE_bool("existing", False, "Judge the images that are there already, too.")
+flags.adopt_module_key_flags(verdicts)
 flags.mark_flags_as_required(["checkpoint"])
 
 
@@ -40,16 +39,12 @@ def main(folders: list[str]) -> None:
     arrivals = watch.new_images(folder, every=EVERY.value, existing=EXISTING.value)
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)
-    threshold = THRESHOLD.value
-    if threshold is None and detector.thresholds:
-        threshold = detector.thresholds["image"]
-    if threshold is None:
-        logging.warning("the checkpoint has no threshold: no verdicts; give --threshold")
+    asked = verdicts.asked(detector)
     detector(np.zeros((*detector.image_size, 3), np.uint8))  # compiled before the first image
     logging.info("watching %s", shown(folder))
     try:
         for path in arrivals:
-            print(json.dumps(watch.verdict(detector, path, threshold)), flush=True)
+            print(json.dumps(watch.verdict(detector.inspect, path, asked)), flush=True)
     except BrokenPipeError:  # Python would complain of it once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
