@@ -54,6 +54,11 @@ def get_config() -> ConfigDict:
     config.prototypes.enabled = True
     # Prototypes per training image and scale: K = max(1, int(ratio * N)). PRNet: 0.1.
     config.prototypes.ratio = 0.1
+    # Normal images that prototypes and memory are made of, at most, evenly spread over all: bounds
+    # the memory for it (three times the feature maps of one scale, 1 MB an image at 256x256 for
+    # ResNet-18) and, by the ratio, the prototypes (1.8 MB each). Ours; PRNet takes all, which
+    # are fewer in every benchmark but KolektorSDD2 (2085).
+    config.prototypes.max_images = 1000
     # Lloyd iterations of k-means, at most; it stops when no assignment changes. Ours
     # (scikit-learn's, which PRNet uses, stops at 300).
     config.prototypes.iterations = 50
@@ -84,6 +89,11 @@ def get_config() -> ConfigDict:
     # The map is cut into d x d patches for each d; each d owns an equal share of the channels.
     # Fig. 3 draws several sizes; PRNet's are H, H/2, H/4, H/8.
     config.attention.divisions = (1, 2, 4, 8)
+
+    config.decoder = ConfigDict()
+    # Whether the decoder sees the backbone's first map too, at stride 2, for sharper borders.
+    # MemSeg, PRN's ancestor, does; Fig. 3 shows nothing finer than stride 4.
+    config.decoder.stem = False
 
     # --- the loss (PRNet and DiffusionAD agree) ------------------------------------------------
     config.loss = ConfigDict()

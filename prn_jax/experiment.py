@@ -102,6 +102,7 @@ def checked(config: ConfigDict) -> ConfigDict:
         "log_every": config.log_every,
         "checkpoint.keep": config.checkpoint.keep,
         "prototypes.iterations": config.prototypes.iterations,
+        "prototypes.max_images": config.prototypes.max_images,
         "optimizer.learning_rate": config.optimizer.learning_rate,
     }
     for field, value in positive.items():

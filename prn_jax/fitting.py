@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from prn_jax import mesh as meshes
 from prn_jax.evaluate import predict
 from prn_jax.models.memory import choose_patches
-from prn_jax.models.prn import PRN
+from prn_jax.models.prn import PRN, SCALES
 from prn_jax.models.prototypes import k_means
 
 Tree = Any
@@ -32,10 +33,19 @@ def fit_prototypes(
     Returns:
       The `prototypes` collection, see `PRN`, on every device.
     """
-    features = _over_images(config, model, variables, images, mesh, "features")
+    count = min(len(images), config.prototypes.max_images)
+    some = images[np.linspace(0, len(images) - 1, count).round().astype(int)]
+    if len(some) < len(images):
+        logging.info(
+            "prototypes are made of %d of the %d normal images, evenly spread "
+            "(prototypes.max_images)",
+            len(some), len(images),
+        )  # fmt: skip
     key = jax.random.key(config.seed)
     result = {}
-    for scale, maps in enumerate(features):
+    for scale in range(SCALES):
+        # One scale at a time: all maps of the images are larger than the images.
+        maps = _over_images(config, model, variables, some, mesh, "features", scale)
         centres = k_means(
             maps.reshape(len(maps), -1),
             model.num_prototypes,
@@ -47,13 +57,12 @@ def fit_prototypes(
         if model.num_patches and scale + 1 in model.memory_scales:
             patches = choose_patches(maps, model.num_patches, config.seed)
             result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
-    if model.use_relative:
+    for scale in range(SCALES if model.use_relative else 0):
         stored = variables | {"prototypes": result}
-        means = _over_images(config, model, stored, images, mesh, "mean_residuals")
-        for scale, residuals in enumerate(means):
-            for number, mean in enumerate(residuals):
-                mean = meshes.replicate(mesh, mean.mean(0, np.float64).astype(np.float32))
-                result[f"relative_{scale}_{number}"] = {"mean": mean}
+        means = _over_images(config, model, stored, some, mesh, "mean_residuals", scale)
+        for number, mean in enumerate(means):
+            mean = meshes.replicate(mesh, mean.mean(0, np.float64).astype(np.float32))
+            result[f"relative_{scale}_{number}"] = {"mean": mean}
     if not model.trained:
         result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
         maps, _ = predict(model, variables | {"prototypes": result}, images, mesh)
@@ -64,11 +73,11 @@ def fit_prototypes(
     return result
 
 
-def _over_images(config, model, variables, images, mesh, method: str) -> Tree:
-    """What a method of the network gives for all images: NumPy arrays [n, ...]."""
+def _over_images(config, model, variables, images, mesh, method: str, scale: int) -> Tree:
+    """What a method of the network gives for all images at one scale: NumPy arrays [n, ...]."""
     function = jax.jit(
         jax.shard_map(
-            lambda variables, image: model.apply(variables, image, method=method),
+            lambda variables, image: model.apply(variables, image, method=method)[scale],
             mesh=mesh,
             in_specs=(P(), P("data")),
             out_specs=P("data"),

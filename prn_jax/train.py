@@ -261,7 +261,9 @@ def train(
     steps = identity.steps
     # Normal images that came later, if that was allowed, have no part in them.
     stored = checkpoints.num_prototypes()
-    clusters = stored or num_prototypes(len(normal_images), config.prototypes.ratio)
+    clusters = stored or num_prototypes(
+        min(len(normal_images), config.prototypes.max_images), config.prototypes.ratio
+    )
     model = create_model(config, clusters)
     optimizer = create_optimizer(config, steps)
     state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh)
@@ -346,12 +348,13 @@ def _start(config, model, optimizer, normal_images, checkpoints, mesh) -> tuple[
     began = time.monotonic()
     stored = fit_prototypes(config, model, variables, normal_images, mesh)
     logging.info(
-        "%d %s per scale from %d normal images in %.1f s",
+        "%d %s per scale (%.0f MB in all) from %d normal images in %.1f s",
         *(
             (model.num_prototypes, "prototypes")
             if model.trained
             else (model.num_patches, "patches")
         ),
+        sum(x.nbytes for x in jax.tree.leaves(stored)) / 1e6,
         len(normal_images),
         time.monotonic() - began,
     )

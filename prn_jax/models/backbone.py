@@ -161,6 +161,7 @@ class ResNet(nn.Module):
       bottleneck: bottlenecks instead of basic blocks.
       widening: factor on the inner channels of a bottleneck.
       train_stage4: the variables of stage 4 are `params`, and gradients reach them.
+      return_stem: what enters stage 1, at stride 2, comes before the four maps.
       dtype: compute type.
     """
 
@@ -168,12 +169,14 @@ class ResNet(nn.Module):
     bottleneck: bool = False
     widening: int = 1
     train_stage4: bool = True
+    return_stem: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b height width 3"]) -> tuple[Float[Array, "b h w c"], ...]:
         x = Conv(64, 7, 2, collection="backbone", dtype=self.dtype, name="conv1")(x)
-        x = max_pool(nn.relu(x))
+        stem = lax.stop_gradient(nn.relu(x))
+        x = max_pool(stem)
         features = []
         for stage, blocks in enumerate(self.blocks, start=1):
             trained = stage == 4 and self.train_stage4
@@ -191,7 +194,7 @@ class ResNet(nn.Module):
             # Cut here, so that no backward pass is ever computed through what is frozen.
             x = x if trained else lax.stop_gradient(x)
             features.append(x)
-        return tuple(features)
+        return (stem, *features) if self.return_stem else tuple(features)
 
 
 class LiteBlock(nn.Module):
@@ -234,18 +237,20 @@ class EfficientNetLite0(nn.Module):
 
     Attributes:
       train_stage4: the variables of stage 4 are `params`, and gradients reach them.
+      return_stem: what enters stage 1, at stride 2, comes before the four maps.
       dtype: compute type.
     """
 
     train_stage4: bool = True
+    return_stem: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b height width 3"]) -> tuple[Float[Array, "b h w c"], ...]:
-        stem = Conv(
+        conv = Conv(
             32, 3, 2, tf_padding=True, collection="backbone", dtype=self.dtype, name="conv_stem"
         )
-        x = nn.relu6(stem(x))
+        x = stem = lax.stop_gradient(nn.relu6(conv(x)))
         features = []
         index = 0
         for stage, (expansion, size, channels, stride, blocks) in enumerate(LITE0_STAGES, start=1):
@@ -264,7 +269,7 @@ class EfficientNetLite0(nn.Module):
             x = x if trained else lax.stop_gradient(x)
             if stage in LITE0_FEATURES:
                 features.append(x)
-        return tuple(features)
+        return (stem, *features) if self.return_stem else tuple(features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +345,9 @@ def backbone_spec(name: str) -> BackboneSpec:
     return BACKBONES[name]
 
 
-def create_backbone(name: str, train_stage4: bool = True, dtype: Dtype = jnp.float32) -> nn.Module:
+def create_backbone(
+    name: str, train_stage4: bool = True, dtype: Dtype = jnp.float32, return_stem: bool = False
+) -> nn.Module:
     """The module of a backbone.
 
     `module.apply({"params": ..., "backbone": ...}, x)` takes normalised images [b, h, w, 3] to
@@ -350,9 +357,11 @@ def create_backbone(name: str, train_stage4: bool = True, dtype: Dtype = jnp.flo
       name: a key of `BACKBONES`.
       train_stage4: stage 4 is in `params` and trained, or in `backbone` and frozen.
       dtype: compute type; the variables are float32.
+      return_stem: a map of stride 2, what enters stage 1, comes before the four.
 
     Raises:
       UserError: there is no such backbone.
     """
     spec = backbone_spec(name)
-    return spec.module(**spec.arguments, train_stage4=train_stage4, dtype=dtype)
+    options = {"train_stage4": train_stage4, "return_stem": return_stem, "dtype": dtype}
+    return spec.module(**spec.arguments, **options)

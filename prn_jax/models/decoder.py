@@ -28,6 +28,7 @@ class Decoder(nn.Module):
         self,
         deepest: Float[Array, "b h w c"],
         fused: tuple[Float[Array, "..."], ...],
+        stem: Float[Array, "b h2 w2 c2"] | None,
         train: bool,
     ) -> Float[Array, "b height width"]:
         """Decodes.
@@ -35,6 +36,7 @@ class Decoder(nn.Module):
         Args:
           deepest: stage 4 of the backbone, stride 32.
           fused: the maps of the last fusion, strides 4, 8, 16.
+          stem: what enters the backbone's stage 1, stride 2, if fine detail is to come in there.
           train: batch statistics (True) or running ones.
 
         Returns:
@@ -46,7 +48,10 @@ class Decoder(nn.Module):
             x = jnp.concatenate([x, skip.astype(x.dtype)], axis=-1)
             x = ConvNormReLU(width, self.dtype)(x, train)
             x = ConvNormReLU(width, self.dtype)(x, train)
-        for width in (self.channels[0] // 2, self.channels[0] // 4):
+        for width, skip in ((self.channels[0] // 2, stem), (self.channels[0] // 4, None)):
             x = upsample(conv1x1(width, self.dtype)(x))
+            if skip is not None:
+                skip = conv1x1(width, self.dtype, "stem")(skip.astype(x.dtype))
+                x = jnp.concatenate([x, skip], axis=-1)
             x = ConvNormReLU(width, self.dtype)(x, train)
         return nn.Conv(1, (3, 3), dtype=jnp.float32, name="logit")(x)[..., 0]

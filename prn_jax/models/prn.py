@@ -36,6 +36,7 @@ class PRN(nn.Module):
       num_patches: m of each scale of `memory_scales`; 0: no memory of patches.
       memory_scales: scales with a memory, counted from 1.
       window: see `window_residuals`; 0: none.
+      use_stem: the decoder sees what enters stage 1, at stride 2.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       dtype: compute type; parameters, statistics, distances and logits are float32.
     """
@@ -51,11 +52,14 @@ class PRN(nn.Module):
     num_patches: int = 0
     memory_scales: tuple[int, ...] = (1, 2, 3)
     window: int = 0
+    use_stem: bool = False
     trained: bool = True
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        self.backbone = create_backbone(self.backbone_name, self.train_stage4, self.dtype)
+        self.backbone = create_backbone(
+            self.backbone_name, self.train_stage4, self.dtype, return_stem=True
+        )
         self.scale = [PrototypeResidual(self.num_prototypes) for _ in range(SCALES)]
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
         self.patch_map = PatchMap()
@@ -74,7 +78,7 @@ class PRN(nn.Module):
         self, image: UInt8[Array, "b height width 3"], train: bool = False
     ) -> Float[Array, "b height width"]:
         """Logits of a batch of images; height and width are divisible by 32."""
-        *features, deepest = self._stages(image)
+        stem, *features, deepest = self._stages(image)
         found = [self._residuals(scale, x) for scale, x in enumerate(features)]
         if not self.trained:
             strides = tuple(scale + 1 for scale in self.memory_scales)
@@ -89,7 +93,8 @@ class PRN(nn.Module):
         for scale, layers in enumerate(self.attention):
             for layer in layers:
                 maps[scale] = layer(maps[scale])
-        return self.decoder(deepest, self._fuse(self.fuse_attended, maps), train)
+        maps = self._fuse(self.fuse_attended, maps)
+        return self.decoder(deepest, maps, stem if self.use_stem else None, train)
 
     def _residuals(self, scale: int, features: Array) -> list[Array]:
         """A scale's residuals, float32: of whole maps, of a window, of the memory."""
@@ -118,16 +123,17 @@ class PRN(nn.Module):
         self, image: UInt8[Array, "b height width 3"]
     ) -> tuple[Float[Array, "b h w c"], ...]:
         """The frozen feature maps at strides 4, 8, 16, float32: what prototypes are made of."""
-        return tuple(x.astype(jnp.float32) for x in self._stages(image)[:SCALES])
+        return tuple(x.astype(jnp.float32) for x in self._stages(image)[1:-1])
 
     def mean_residuals(
         self, image: UInt8[Array, "b height width 3"]
     ) -> list[list[Float[Array, "b c"]]]:
         """Per scale, each residual's mean over an image's places, before `Relative`."""
-        found = [self._residuals(*x) for x in enumerate(self._stages(image)[:SCALES])]
+        found = [self._residuals(*x) for x in enumerate(self._stages(image)[1:-1])]
         return jax.tree.map(lambda x: jnp.mean(x, axis=(1, 2)), found)
 
     def _stages(self, image: Array) -> tuple[Array, ...]:
+        """What enters stage 1, and the four stages' maps: strides 2, 4, 8, 16, 32."""
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
         return tuple(spec.gain * x for x in self.backbone(normalised.astype(self.dtype)))
@@ -154,6 +160,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         divisions=tuple(config.attention.divisions),
         use_prototypes=config.prototypes.get("enabled", True),
         use_relative=trained and config.prototypes.get("relative", False),
+        use_stem=config.get("decoder", {}).get("stem", False),
         use_fusion=config.get("fusion", {}).get("enabled", True),
         num_patches=memory.get("patches", 0),
         memory_scales=tuple(memory.get("scales", (1, 2, 3))),

@@ -6,7 +6,7 @@ import pytest
 from configs import default
 from prn_jax import evaluate, fitting
 from prn_jax import mesh as meshes
-from prn_jax.models.backbone import BACKBONES
+from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.prn import PRN, compute_dtype, create_model
 from prn_jax.models.prototypes import Relative, residuals
 
@@ -124,3 +124,20 @@ def test_relative_residuals_are_in_multiples_of_normal_images_mean():
     scaled = jax.tree.map(lambda x: x, stored)
     scaled["relative_1_1"] = {"mean": 2 * stored["relative_1_1"]["mean"]}
     assert np.abs(model.apply(variables | {"prototypes": scaled}, images) - logits).max() > 0
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+def test_the_decoder_may_see_the_first_map(name):
+    """Otherwise nothing finer than stride 4 reaches it; what is off is not there."""
+    image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.uint8)
+    kernels = {}
+    for use_stem in (False, True):
+        model = PRN(backbone_name=name, attention_layers=0, use_stem=use_stem)
+        params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]["decoder"]
+        kernels[use_stem] = {x: y["kernel"].shape for x, y in params.items() if "kernel" in y}
+    added = kernels[True].pop("stem")
+    assert kernels[True] == kernels[False]
+    assert added == (1, 1, {"resnet18": 64, "efficientnet_lite0": 32}[name], 32)
+    stem = create_backbone(name, return_stem=True)
+    maps = jax.eval_shape(stem.init_with_output, jax.random.key(0), jnp.zeros((1, 64, 96, 3)))[0]
+    assert [x.shape[1:3] for x in maps] == [(32, 48), (16, 24), (8, 12), (4, 6), (2, 3)]
