@@ -171,7 +171,7 @@ class Identity:
                 f"{text}: {step} steps are done, and none is undone. Set total_steps (or epochs) "
                 "back, or give another --workdir"
             )
-        if other.white_level != self.white_level and self.fingerprint:
+        if self.white_level and self.white_level != other.white_level:
             raise UserError(
                 f"{text}: level {self.white_level} was white in images of more than 8 bits, now it "
                 f"is {other.white_level} (0: there are none), and all would be brighter or darker "

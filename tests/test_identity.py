@@ -90,6 +90,10 @@ def test_what_cannot_be_gone_on_with_is_never_allowed(changes, message):
         assert "allow_config_change" not in str(error.value)
 
 
+def test_deeper_images_may_come_where_there_were_none():
+    assert make().check(make(fingerprint="beef", white_level=4095), "it", 12, allow=True).changes
+
+
 def test_what_changes_no_figure_may_differ():
     config = default.get_config()
     config.update(log_every=3, eval_batch_size=8, eval_every=5)
