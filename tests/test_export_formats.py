@@ -135,13 +135,16 @@ def test_rounding_is_judged_by_what_it_costs():
     mask[39] = 0  # an anomalous image without a mask
     split = check.TestSplit(np.zeros((40, 16, 16, 3), np.uint8), mask, np.arange(40) // 20)
     maps = (0.3 * mask + rng.uniform(0, 0.5, mask.shape)).astype(np.float32)
-    own = check.Results(maps, maps.max(axis=(1, 2)), 1.0)
+    scores = maps.max(axis=(1, 2))
+    own = check.Results(maps, scores, scores, 1.0)
     figures = check.judge("onnx", split, own, own)
     expected = sklearn.metrics.average_precision_score(mask[:39].ravel(), maps[:39].ravel())
     assert figures["pixel_ap"] == (pytest.approx(expected), pytest.approx(expected))
     expected = sklearn.metrics.roc_auc_score(split.label, own.scores)
     assert figures["image_auroc"][1] == pytest.approx(expected)
-    coarse = check.Results(maps + 0.3 * rng.uniform(size=maps.shape).astype("f"), own.scores, 1.0)
+    coarse = check.Results(
+        maps + 0.3 * rng.uniform(size=maps.shape).astype("f"), scores, scores, 1.0
+    )
     with pytest.raises(UserError, match=r"loses more than 0.5 points: .* pixel AP .* before, .*"):
         check.judge("onnx", split, coarse, own)
     normal = check.TestSplit(split.image[:20], mask[:20], split.label[:20])

@@ -41,6 +41,7 @@ class Checked:
       images: compared.
       map_difference: largest, of any pixel.
       score_difference: largest.
+      distance_difference: largest; relative where the distance is above 1.
       verdicts: how many differ at the checkpoint's threshold; None where it has none.
       images_per_s: of the export, in its own runtime, after its first batch.
       checkpoint_images_per_s: of the checkpoint through JAX at the network's size, likewise.
@@ -50,6 +51,7 @@ class Checked:
     images: int
     map_difference: float
     score_difference: float
+    distance_difference: float
     verdicts: int | None
     images_per_s: float
     checkpoint_images_per_s: float
@@ -117,8 +119,10 @@ def export(
             of = "the same network without its resize"
         found = check.run(kind, runtime, made, files, batch)
         check.require_same(kind, found, expected, of)
-        threshold = (detector.thresholds or {}).get("image")
-        check.write_golden(golden, files, found, threshold)
+        chosen = detector.thresholds or {}
+        threshold = chosen.get("image")
+        limits = {"score": threshold, "distance": chosen.get("distance")}
+        check.write_golden(golden, files, found, limits)
         place.put(made, golden, path, kind, about | {"judged": figures})
     verdicts = None
     if threshold is not None:
@@ -174,7 +178,8 @@ def _about(
                   "shape": [batch_size or "any", *(given or size), 3],
                   "white_level_of_files": detector.white_level or 255},
         "network_size": size,
-        "outputs": {"map": ["float32", "any", *size], "score": ["float32", "any"]},
+        "outputs": {"map": ["float32", "any", *size], "score": ["float32", "any"],
+                    "distance": ["float32", "any"]},
         "rounded": None if exact else "8-bit convolutions" if int8 else "float16 weights",
         "thresholds": detector.thresholds,
         "git": provenance["git"],

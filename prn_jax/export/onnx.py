@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from prn_jax.errors import UserError
-from prn_jax.export.graph import Graph
+from prn_jax.export.graph import OUTPUTS, Graph
 
 NEEDS = ("jax2onnx", "onnxruntime")
 IS_EXACT = True  # without calibration
@@ -19,9 +19,8 @@ import onnxruntime
 onnxruntime.set_default_logger_severity(3)
 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 def run(image):
-    return session.run(["map", "score"], {"image": image})
+    return session.run(["map", "score", "distance"], {"image": image})
 """
-_OUTPUTS = ["map", "score"]
 
 
 def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -> None:
@@ -37,7 +36,7 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
     """
     import onnx
 
-    model = _convert(graph, graph.compute, graph.size, _OUTPUTS)
+    model = _convert(graph, graph.compute, graph.size, OUTPUTS)
     if graph.calibration is not None:
         model = _quantised(model, graph.calibration)
     if alone:
@@ -60,7 +59,7 @@ def _convert(graph: Graph, function, size, outputs):
                 [graph.spec(size)],
                 model_name="prn",
                 input_names=["image"],
-                output_names=outputs,
+                output_names=list(outputs),
                 **({} if graph.opset is None else {"opset": graph.opset}),
             )
         except (NotImplementedError, ValueError) as error:

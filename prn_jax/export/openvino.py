@@ -20,7 +20,7 @@ compiled = openvino.Core().compile_model(
 )
 def run(image):
     found = compiled(image)
-    return found["map"], found["score"]
+    return found["map"], found["score"], found["distance"]
 """
 
 
