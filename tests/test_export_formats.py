@@ -85,6 +85,7 @@ def test_an_export_runs_without_us_and_computes_the_same(
     if export.is_exact(kind, int8):
         assert checked.map_difference <= 1e-4
         assert checked.score_difference <= 1e-4
+        assert checked.distance_difference <= 1e-4
         assert checked.verdicts == 0
     assert set(checked.figures) == (
         set() if export.is_exact(kind, int8) else {"image_auroc", "pixel_ap"}
@@ -103,8 +104,9 @@ def test_an_export_runs_without_us_and_computes_the_same(
     expected = json.loads((golden / "expected.json").read_text())
     limit = 1e-4 if export.is_exact(kind, int8) else 0.2
     for row in expected["images"]:
-        _, score = detector(golden / row["image"])
-        assert row["score"] == pytest.approx(float(score), abs=limit)
+        found = detector.inspect(golden / row["image"])
+        assert row["score"] == pytest.approx(float(found.score), abs=limit)
+        assert row["distance"] == pytest.approx(float(found.distance), rel=10 * limit)
         assert np.load(golden / row["map"]).shape == (64, 64)
     assert len(expected["images"]) == 3
     assert images.read_array(golden / "0.png").shape == (*CAMERA, 3)
@@ -112,7 +114,8 @@ def test_an_export_runs_without_us_and_computes_the_same(
 
 @pytest.mark.slow
 def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
-    wrong = check._AFTER.replace("map=np.concatenate(maps)", "map=0.01 + np.concatenate(maps)")
+    wrong = check._AFTER.replace("np.concatenate(x)", "0.01 + np.concatenate(x)")
+    assert wrong != check._AFTER
     monkeypatch.setattr(check, "_AFTER", wrong)
     files = check.enlarged(check.read_run(trained), (64, 64))[:2]
     with pytest.raises(UserError, match="differs from the checkpoint by 0.01"):
