@@ -69,8 +69,8 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
                 found.setdefault(os.path.abspath(file), (file, name))
     if not found:
         raise UserError(f"{shown(patterns[0])}: there are no images{_left_out(skipped, own)}")
-    if skipped:
-        logging.warning("skipped %s", images.describe(skipped))
+    if foreign := [path for path in skipped if path.name not in _TABLES]:
+        logging.warning("skipped %s", images.describe(foreign))
     if own:
         logging.info("left out %d files of earlier predictions", own)
     names: dict[pathlib.Path, str] = {}
