@@ -132,7 +132,6 @@ def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
     config = demo.get_config()
     config.image_size, config.data.data_dir = (64, 64), run["config"]["data"]["data_dir"]
     seen = input_pipeline.load_category(config, "gravel").seen.image
-    labels = [row["defect"] != "good" for row in run["test"]]
     for number, (image, row) in enumerate(zip(stored["image"], run["test"])):
         if number % 2:
             folder = "good" if row["defect"] == "good" else "Ü 划痕"
@@ -147,13 +146,13 @@ def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "1 of 26 images were trained on and are left out: test/Ü 划痕/renamed" in result.stderr
     found = json.loads((output / "evaluation.json").read_text())
-    odd = [row["score"] for row in run["test"][1::2]]
-    order = {row["id"]: row["score"] for row in found["images"]}
-    np.testing.assert_allclose(sorted(order.values()), sorted(odd), atol=1e-6)
-    expected = skmetrics.roc_auc_score(labels[1::2], odd)
+    odd = np.array([row["score"] for row in found["images"]])
+    truth = np.array([row["defect"] != "good" for row in found["images"]])
+    before = [row["score"] for row in run["test"][1::2]]
+    np.testing.assert_allclose(np.sort(odd), np.sort(before), atol=1e-5)
+    expected = skmetrics.roc_auc_score(truth, odd)
     assert found["metrics"]["image_auroc"] == pytest.approx(expected, abs=1e-9)
-    at, called = found["thresholds"]["stored"], np.array(odd) >= run["thresholds"]["image"]
-    truth = np.array(labels[1::2])
+    at, called = found["thresholds"]["stored"], odd >= run["thresholds"]["image"]
     assert at["recall"] == pytest.approx(skmetrics.recall_score(truth, called))
     assert at["false_alarms"] == pytest.approx(called[~truth].mean())
     assert at["precision"] == pytest.approx(skmetrics.precision_score(truth, called))
