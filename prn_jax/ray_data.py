@@ -106,7 +106,8 @@ def predict_files(
         num_gpus=gpus,
         num_cpus=cpus,
     )
-    rows.write_parquet(output)
+    # Writing needs no core of its own: the workers may hold all that there are.
+    rows.write_parquet(output, ray_remote_args={"num_cpus": 0})
     return len(missing)
 
 

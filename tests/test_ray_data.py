@@ -26,7 +26,8 @@ def test_two_workers_say_what_one_process_does(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 256, (70, 50, 3), np.uint8)).save(path)
     paths[3].write_bytes(paths[3].read_bytes()[:100])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    ray.init(num_cpus=2, include_dashboard=False)
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    ray.init(num_cpus=4, include_dashboard=False)
     try:
         options = {"workers": 2, "batch_size": 2}
         assert (
