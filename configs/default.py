@@ -21,6 +21,13 @@ def get_config() -> ConfigDict:
     config.category = "all"
     # Height and width in pixels, divisible by 32; one number means a square. Paper: 256x256.
     config.image_size = (256, 256)
+    # Rows and columns of tiles of `image_size` that an image is looked at in, one number meaning
+    # as many of both; (1, 1): as a whole, as the paper does. An image is resized to
+    # rows * height - (rows - 1) * tile_overlap by as much of the columns. See docs/datasets.md.
+    config.tiles = (1, 1)
+    # Pixels that neighbouring tiles share, in which their maps fade into each other; at most half
+    # of a tile's side. Ours: one pixel of the coarsest features.
+    config.tile_overlap = 32
     # Seen anomalies per category, of all defect types together (paper: 10). They train, and leave
     # the test set. 0 is the unsupervised protocol: simulated anomalies only.
     config.num_seen = 10

@@ -48,8 +48,9 @@ def make_eval_step(
     return jax.jit(_mapped(step, mesh))
 
 
-def _mapped(step: Callable, mesh: Mesh) -> Callable:
-    return jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+def _mapped(step: Callable, mesh: Mesh, inputs: int = 1) -> Callable:
+    specs = P(), *[P("data")] * inputs
+    return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P("data"))
 
 
 @functools.cache  # A compiled step per network, however many a process holds.
@@ -61,6 +62,25 @@ def _cached_step(model: PRN, score_pixels: int, mesh: Mesh):
 def _descriptor_step(model: PRN, mesh: Mesh):
     def step(variables, image):
         return (model.apply(variables, image, method="descriptor"),)
+
+    return jax.jit(_mapped(step, mesh))
+
+
+@functools.cache
+def _tile_step(model: PRN, mesh: Mesh, with_maps: bool):
+    def step(variables, tiles, mask):
+        if not with_maps:
+            return (model.apply(variables, tiles, mask, method="descriptor"),)
+        logits, descriptors = model.apply(variables, tiles, mask, method="look")
+        return jax.nn.sigmoid(logits), descriptors
+
+    return jax.jit(_mapped(step, mesh, 2))
+
+
+@functools.cache
+def _distance_step(model: PRN, mesh: Mesh):
+    def step(variables, descriptor):
+        return (model.apply(variables, descriptor, method="distance"),)
 
     return jax.jit(_mapped(step, mesh))
 
@@ -111,10 +131,18 @@ def predict(
       Maps [n, h, w] and scores [n], float32 in [0, 1], and distances of the whole images from
       normal ones [n], float32: see `models.whole.WholeImage`.
     """
+    if model.tiling:
+        maps, descriptors = _stitch(
+            model, variables, images, mesh, batch_size, fill=fill, progress=progress
+        )
+        size = fixed_size(len(images), batch_size, mesh)
+        distances = np.empty(len(images), np.float32)
+        _run(_distance_step(model, mesh), variables, (descriptors,), mesh, size, (distances,))
+        return maps, np.array([_score(x, score_pixels) for x in maps], np.float32), distances
     step = _cached_step(model, score_pixels, mesh)
     size = fixed_size(batch_size if fill else len(images), batch_size, mesh)
     empty = np.empty(images.shape[:3], np.float32), *np.empty((2, len(images)), np.float32)
-    return _run(step, variables, images, mesh, size, empty, progress)
+    return _run(step, variables, (images,), mesh, size, empty, progress)
 
 
 def describe(
@@ -124,35 +152,127 @@ def describe(
 
     Args as of `predict`; returns float32 [n, d].
     """
-    size = fixed_size(len(images), batch_size, mesh)
     spread = np.asarray(jax.device_get(variables["prototypes"]["whole"]["spread"]))
-    empty = (np.empty((len(images), len(spread)), np.float32),)
-    return _run(_descriptor_step(model, mesh), variables, images, mesh, size, empty)[0] / spread
+    return descriptors(model, variables, images, mesh, batch_size) / spread
 
 
-def _run(step, variables, images, mesh, size, found, progress=False) -> tuple[np.ndarray, ...]:
-    """Applies a step to `size` images at a time and writes its results into the arrays `found`.
+def descriptors(
+    model: PRN, variables: Tree, images: np.ndarray, mesh: Mesh, batch_size: int = 32
+) -> np.ndarray:
+    """Means over the images of colours and features: see `models.whole.describe`.
+
+    Args as of `predict`; returns float32 [n, d].
+    """
+    if model.tiling:
+        return _stitch(model, variables, images, mesh, batch_size, with_maps=False)[0]
+    size = fixed_size(len(images), batch_size, mesh)
+    empty = (np.empty((len(images), sum(model.kinds)), np.float32),)
+    return _run(_descriptor_step(model, mesh), variables, (images,), mesh, size, empty)[0]
+
+
+def stitched(model: PRN, variables: Tree, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Maps and distances of whole images, uint8 [b, h, w, 3], of any b, as one graph."""
+    tiling = model.tiling
+    if not tiling:
+        logits, distances = model.apply(variables, image, method="inspect")
+        return jax.nn.sigmoid(logits), distances
+    interest = jnp.asarray(_interest(model, variables))
+    masks = tiling.cut(interest[None])
+    weights = jnp.mean(masks, axis=(1, 2), dtype=jnp.float32)
+    # Not by `broadcast_to`: some exports know no shape that holds a batch of any size.
+    ones = image[:, :1, :1, 0] * 0 + 1
+    counts = (masks[None] * ones[:, None]).reshape(-1, *tiling.tile)
+    logits, found = model.apply(variables, tiling.cut(image), counts, method="look")
+    found = found.reshape(-1, tiling.count, found.shape[-1])
+    descriptor = jnp.sum(found * weights[:, None], axis=1) / jnp.maximum(jnp.sum(weights), 1e-6)
+    maps = tiling.blend(jax.nn.sigmoid(logits)) * interest.astype(jnp.float32)
+    return maps, model.apply(variables, descriptor, method="distance")
+
+
+def _interest(model: PRN, variables: Tree) -> np.ndarray:
+    """Where a stitched image counts, uint8 [h, w] in {0, 1}."""
+    stored = variables.get("prototypes", {}).get("interest")
+    if stored is None:
+        return np.ones(model.tiling.size, np.uint8)
+    return np.asarray(jax.device_get(stored["mask"]))
+
+
+def _stitch(
+    model: PRN,
+    variables: Tree,
+    images: np.ndarray,
+    mesh: Mesh,
+    batch_size: int,
+    *,
+    with_maps: bool = True,
+    fill: bool = False,
+    progress: bool = False,
+) -> tuple[np.ndarray, ...]:
+    """Maps [n, h, w], if they are asked for, and descriptors [n, d] of images larger than a tile.
+
+    `batch_size` tiles are computed at a time, however many an image has. A descriptor is the mean
+    of its tiles', each in proportion to what counts of it.
+    """
+    tiling, row, interest = model.tiling, model.tiling.row, _interest(model, variables)
+    size = fixed_size(batch_size if fill else len(images) * row.count, batch_size, mesh)
+    step, dimensions = _tile_step(model, mesh, with_maps), sum(model.kinds)
+    maps = np.empty((len(images) if with_maps else 0, *tiling.size), np.float32)
+    found = np.empty((len(images), dimensions), np.float32)
+    together = max(1, size // row.count)
+    bar = tqdm(total=len(images), unit="image", disable=not progress, dynamic_ncols=True)
+    with bar:
+        for start in range(0, len(images), together):
+            some = images[start : start + together]
+            strips, means, weights = [], [], []
+            for part, counts in zip(tiling.rows(some), tiling.rows(interest[None]), strict=True):
+                tiles = row.cut(part)
+                masks = np.tile(row.cut(counts), (len(some), 1, 1))
+                empty = (np.empty((len(tiles), dimensions), np.float32),)
+                if with_maps:
+                    empty = (np.empty(tiles.shape[:3], np.float32), *empty)
+                *values, mean = _run(step, variables, (tiles, masks), mesh, size, empty)
+                strips += [row.blend(x) for x in values]
+                means.append(mean.reshape(len(some), row.count, dimensions))
+                weights.append(masks.mean(axis=(1, 2)).reshape(len(some), row.count, 1))
+            if with_maps:
+                maps[start : start + len(some)] = tiling.stack(strips)
+            means, weights = np.concatenate(means, axis=1), np.concatenate(weights, axis=1)
+            amount = np.maximum(weights.sum(axis=1), 1e-6)
+            found[start : start + len(some)] = (means * weights).sum(axis=1) / amount
+            bar.update(len(some))
+    return (maps, found) if with_maps else (found,)
+
+
+def _score(values: np.ndarray, pixels: int) -> np.float32:
+    """`image_score` of one map, which may be too large to be sorted on a device."""
+    count = score_count(pixels, *values.shape)
+    return np.partition(values, values.size - count, axis=None)[-count:].mean()
+
+
+def _run(step, variables, inputs, mesh, size, found, progress=False) -> tuple[np.ndarray, ...]:
+    """Applies a step to `size` of each of its inputs at a time; writes its results into `found`.
 
     A batch that isn't full is filled up with blank images whose results are dropped: each image
     counts once, whatever the number of devices, and a few sizes (`fixed_size`) are compiled.
     """
-    pending = []
-    bar = tqdm(total=len(images), unit="image", disable=not progress, dynamic_ncols=True)
+    pending, total = [], len(inputs[0])
+    bar = tqdm(total=total, unit="image", disable=not progress, dynamic_ncols=True)
     with bar:
-        for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            count = len(batch)
+        for start in range(0, total, size):
+            count = min(size, total - start)
+            batch = [x[start : start + count] for x in inputs]
             if count < size:
-                blank = np.zeros((size - count, *images.shape[1:]), images.dtype)
-                batch = np.concatenate([batch, blank])
+                batch = [np.concatenate([x, np.zeros_like(x[:1]).repeat(size - count, 0)])
+                         for x in batch]  # fmt: skip
             # One batch is computed while the results of the one before it are fetched.
-            pending.append((start, count, step(variables, meshes.shard_same(mesh, batch))))
-            if len(pending) > 1 or start + size >= len(images):
+            batch = [meshes.shard_same(mesh, x) for x in batch]
+            pending.append((start, count, step(variables, *batch)))
+            if len(pending) > 1 or start + size >= total:
                 while pending:
                     first, number, results = pending.pop(0)
                     for array, result in zip(found, results, strict=True):
                         array[first : first + number] = meshes.gather(result)[:number]
                     bar.update(number)
-                    if start + size < len(images):
+                    if start + size < total:
                         break
     return found

@@ -21,6 +21,7 @@ from prn_jax.checkpoints import Checkpoints, check_name, holds_checkpoints
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import Identity, as_dict, lock
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
+from prn_jax.tiles import Tiling
 
 
 def train_and_evaluate(
@@ -94,6 +95,7 @@ def checked(config: ConfigDict) -> ConfigDict:
         )
     with config.ignore_type(), config.unlocked():
         config.image_size = size
+    _check_tiles(config)
     positive = {
         "batch_size": config.batch_size,
         "eval_batch_size": config.eval_batch_size,
@@ -130,6 +132,23 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={config.dtype!r}: give auto, float32 or bfloat16")
     return config
+
+
+def _check_tiles(config: ConfigDict) -> None:
+    """Makes `tiles` a pair, and checks both fields."""
+    tiles, overlap = config.tiles, config.tile_overlap
+    tiles = (tiles, tiles) if isinstance(tiles, int) else tuple(tiles)
+    tiles = tiles * 2 if len(tiles) == 1 else tiles
+    if len(tiles) != 2 or any(not isinstance(x, int) or x < 1 for x in tiles):
+        raise UserError(f"tiles={config.tiles}: give (rows, columns), each 1 or more")
+    with config.ignore_type(), config.unlocked():
+        config.tiles = tiles
+    cut = [side for side, count in zip(config.image_size, tiles) if count > 1]
+    if cut and not 0 <= overlap <= min(cut) // 2:
+        raise UserError(
+            f"tile_overlap={overlap}: give 0 to {min(cut) // 2} pixels, half of a tile "
+            f"(image_size={config.image_size})"
+        )
 
 
 def _check_memory(memory: ConfigDict) -> None:
@@ -253,7 +272,7 @@ def _run_category(
         config.category,
         data.fingerprint,
         tuple(data.seen.id),
-        training.total_steps(config, len(data.train)),
+        training.total_steps(config, len(data.train) * Tiling.of(config).count),
         data.white_level,
         as_dict(config),
         held=tuple(data.held.id),

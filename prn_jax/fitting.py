@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from prn_jax import mesh as meshes
-from prn_jax.evaluate import predict
+from prn_jax.evaluate import descriptors, predict
 from prn_jax.models.memory import choose_patches
 from prn_jax.models.prn import PRN, SCALES
 from prn_jax.models.prototypes import k_means
 from prn_jax.models.whole import fit_whole
+from prn_jax.tiles import Tiling
 
 Tree = Any
 
@@ -26,12 +27,16 @@ def fit_prototypes(
 ) -> dict[str, jax.Array]:
     """Clusters the frozen feature maps of the normal images, each scale by itself.
 
+    Of images that are looked at in tiles, each place is clustered by itself too: a whole map is
+    tied to its place. The memory of patches is chosen from the tiles of all places.
+
     Args:
       config: see configs/default.py.
       model: the network.
       variables: the collections `backbone` and, for stage 4, `params`, on every device; of
         `prototypes` the region of interest.
-      images: normal training images, uint8 [n, h, w, 3], the same on every process.
+      images: normal training images, uint8 [n, h, w, 3], not cut into tiles, the same on every
+        process.
       mesh: devices.
 
     Returns:
@@ -45,31 +50,42 @@ def fit_prototypes(
             "(prototypes.max_images)",
             len(some), len(images),
         )  # fmt: skip
-    over_images = functools.partial(_over_images, config, variables, some, mesh)
+    over_images = functools.partial(_over_images, config, variables, mesh)
     key = jax.random.key(config.seed)
+    tiling = Tiling.of(config)
+    places = tiling.count if model.trained else 1  # without training no whole map is compared with
     result = {}
     for scale in range(SCALES):
-        # One scale at a time: all maps of the images are larger than the images.
-        maps = over_images(lambda *x, scale=scale: model.apply(*x, method="features")[scale])
-        centres = k_means(
-            maps.reshape(len(maps), -1),
-            model.num_prototypes,
-            jax.random.fold_in(key, scale),
-            mesh,
-            config.prototypes.iterations,
-        )
-        result[f"scale_{scale}"] = {"maps": centres.reshape(-1, *maps.shape[1:])}
+
+        def features(*x, scale=scale):
+            return model.apply(*x, method="features")[scale]
+
+        centres = []
+        for place in range(places):
+            # One scale and place at a time: all maps of the images are larger than the images.
+            maps = over_images(tiling.at(some, place), features)
+            found = k_means(
+                maps.reshape(len(maps), -1),
+                model.num_prototypes // places,
+                jax.random.fold_in(key, scale + (SCALES + 1) * place),
+                mesh,
+                config.prototypes.iterations,
+            )
+            centres.append(np.asarray(jax.device_get(found)).reshape(-1, *maps.shape[1:]))
+        result[f"scale_{scale}"] = {"maps": meshes.replicate(mesh, np.concatenate(centres))}
         if model.num_patches and scale + 1 in model.memory_scales:
+            if model.tiling:
+                maps = over_images(_some_tiles(config, images), features)
             patches = choose_patches(maps, model.num_patches, config.seed)
             result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
-    channels = (3, *(result[f"scale_{scale}"]["maps"].shape[-1] for scale in range(SCALES)))
-    descriptors = over_images(lambda *x: model.apply(*x, method="descriptor"))
+    means = descriptors(model, variables, some, mesh, config.eval_batch_size)
     key = jax.random.fold_in(key, SCALES)
-    whole = fit_whole(descriptors, channels, model.num_centres, key, mesh)
+    whole = fit_whole(means, model.kinds, model.num_centres, key, mesh)
     result["whole"] = meshes.replicate(mesh, whole)
     if not model.trained:
         result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
-        maps, *_ = predict(model, variables | {"prototypes": result}, images, mesh)
+        stored = {"prototypes": variables.get("prototypes", {}) | result}
+        maps, *_ = predict(model, variables | stored, images, mesh)
         # With 1 for the reference the map is d / (d + 1).
         highest = np.max(maps, axis=(1, 2)).astype(np.float64)
         reference = np.mean(highest / (1.0 - highest))
@@ -77,11 +93,20 @@ def fit_prototypes(
     return result
 
 
+def _some_tiles(config: ConfigDict, images: np.ndarray) -> np.ndarray:
+    """As many tiles as `prototypes.max_images` says, at most, drawn from all places and images."""
+    tiling = Tiling.of(config)
+    count = len(images) * tiling.count
+    chosen = np.random.default_rng(config.seed).permutation(count)[: config.prototypes.max_images]
+    pairs = (divmod(int(number), tiling.count) for number in np.sort(chosen))
+    return np.concatenate([tiling.at(images[i : i + 1], place) for i, place in pairs])
+
+
 def _over_images(
     config: ConfigDict,
     variables: Tree,
-    images: np.ndarray,
     mesh: Mesh,
+    images: np.ndarray,
     function: Callable[[Tree, jax.Array], jax.Array],
 ) -> np.ndarray:
     """What a function of the variables and some images gives for all of them, [n, ...]."""

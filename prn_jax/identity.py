@@ -44,6 +44,8 @@ _BEFORE = {
     "optimizer.clip": 0.0,
     "prototypes.max_images": 1000,
     "synthesis.turns": False,
+    "tile_overlap": 32,
+    "tiles": [1, 1],
 }
 
 

@@ -6,6 +6,7 @@ reproducible, resumes by starting the plan at its step, and does not depend on t
 
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -23,6 +24,7 @@ from prn_jax.datasets.roi import from_text
 from prn_jax.errors import UserError
 from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
+from prn_jax.tiles import Tiling
 
 # Slots after which the plan of kinds repeats: shares are met to a thousandth.
 _PERIOD = 1000
@@ -159,7 +161,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         manual_dir=config.data.manual_dir,
         data_dir=config.data.data_dir,
     )
-    size, metadata = tuple(config.image_size), builder.info.metadata or {}
+    size, metadata = Tiling.of(config).size, builder.info.metadata or {}
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
     lacking = [x for split in (train, test) for x, known in zip(split.id, split.has_mask)
                if not known]  # fmt: skip
@@ -353,7 +355,7 @@ def train_batches(
 
     Args:
       config: see configs/default.py; `batch_size` is over all processes.
-      data: from `load_category`.
+      data: from `load_category`; tiles of its images train, where `config.tiles` says so.
       total_steps: of the run.
       start_step: the first to make.
       process_index: this process.
@@ -373,6 +375,7 @@ def train_batches(
             f"give a multiple of {process_count}"
         )
     local = config.batch_size // process_count
+    data = in_tiles(config, data)
     plan, make = Plan(config, len(data.train), len(data.seen)), sample_maker(config, data)
 
     def sample(slot: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -398,8 +401,34 @@ def train_batches(
     return batches.as_numpy_iterator()
 
 
+def in_tiles(config: ConfigDict, data: CategoryData) -> CategoryData:
+    """One category whose images to train on are cut into tiles, each an image by itself.
+
+    Of a seen anomaly only the tiles that its mask marks are kept. A tile beside the product is all
+    foreground. The region of interest is left to the map of the whole image.
+    """
+    tiling = Tiling.of(config)
+    if tiling.count == 1:
+        return data
+
+    def cut(images: Images) -> Images:
+        repeat = functools.partial(np.repeat, repeats=tiling.count)
+        names = [f"{x} ({place + 1})" for x in images.id for place in range(tiling.count)]
+        return Images(
+            tiling.cut(images.image), tiling.cut(images.mask), list(repeat(images.defect)), names,
+            repeat(images.has_mask),
+        )  # fmt: skip
+
+    seen, foreground = cut(data.seen), tiling.cut(data.foreground)
+    foreground[~foreground.any(axis=(1, 2))] = 1
+    return dataclasses.replace(
+        data, train=cut(data.train), seen=seen.select(seen.mask.any(axis=(1, 2))),
+        foreground=foreground, roi=None,
+    )  # fmt: skip
+
+
 def sample_maker(config: ConfigDict, data: CategoryData) -> SampleMaker:
-    """What makes the samples of one category."""
+    """What makes the samples of one category, from `in_tiles`."""
     return SampleMaker(
         config,
         normal=data.train.image,

@@ -28,6 +28,7 @@ from prn_jax.errors import UserError, shown
 from prn_jax.identity import Identity
 from prn_jax.images import read_array, resize, to_uint8, upright
 from prn_jax.models.prn import PRN, create_model
+from prn_jax.tiles import Tiling
 
 # One image: a path, an image of Pillow's, or an array of levels [h, w, 3], [h, w, 1] or [h, w].
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
@@ -80,8 +81,8 @@ class Detector:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels at which the network looks at an image."""
-        return tuple(self.config.image_size)
+        """(height, width) in pixels at which an image is looked at, in tiles or as a whole."""
+        return Tiling.of(self.config).size
 
     def __call__(
         self,
@@ -191,10 +192,10 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
     config, thresholds = ConfigDict(identity.config), _thresholds(folder, step)
     if thresholds:  # with what they were chosen for; it may have changed since the checkpoint
         config.score_pixels = thresholds.get("score_pixels", config.score_pixels)
-    scale = network["prototypes"]["scale_0"]["maps"]
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     variables = meshes.replicate(mesh, jax.device_get(network))
-    model = create_model(config, scale.shape[0])
+    stored = network["prototypes"]["scale_0"]["maps"].shape[0]
+    model = create_model(config, max(1, stored // Tiling.of(config).count))
     digest = hashlib.sha256(json.dumps([identity.as_json(), step], sort_keys=True).encode())
     return Detector(
         model, variables, config, step, thresholds, mesh, identity.white_level, digest.hexdigest(),

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from prn_jax import pictures
-from prn_jax.input_pipeline import CategoryData, sample_maker
+from prn_jax.input_pipeline import CategoryData, in_tiles, sample_maker
 from prn_jax.synthesis.foreground import describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, SEEN, SIMULATED
 from prn_jax.synthesis.textures import spread
@@ -22,8 +22,10 @@ def samples_sheet(config: ConfigDict, data: CategoryData, columns: int = 8) -> I
 
     Returns:
       Rows of normal images, their foregrounds (dimmed outside), textures, then of seen, extended
-      and simulated anomalies, each without and with the outline of its mask.
+      and simulated anomalies, each without and with the outline of its mask; all of tiles, where
+      `config.tiles` says so.
     """
+    data = in_tiles(config, data)
     maker = sample_maker(config, data)
     normal = spread(len(data.train), columns)
     rows = [

@@ -4,6 +4,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prn_jax.predict import Detector
+from prn_jax.tiles import Tiling
 
 _COUNT = 64
 
@@ -16,7 +17,8 @@ def sample(detector: Detector, manual_dir: str = "") -> np.ndarray:
       manual_dir: where the raw files are now; default: where they were.
 
     Returns:
-      uint8 [64, h, w, 3], the first of the training's plan.
+      uint8 [64, h, w, 3], the first of the training's plan; of a network that looks at tiles, as
+      many images that those samples are laid to.
 
     Raises:
       UserError: the data, or the textures, are no longer there.
@@ -24,9 +26,11 @@ def sample(detector: Detector, manual_dir: str = "") -> np.ndarray:
     from prn_jax import input_pipeline
 
     config = ConfigDict(detector.config)
+    tiling = Tiling.of(config)
     with config.unlocked():
-        config.batch_size = _COUNT
+        config.batch_size = _COUNT * tiling.count
         if manual_dir:
             config.data.manual_dir = manual_dir
     data = input_pipeline.load_category(config, config.category)
-    return next(iter(input_pipeline.train_batches(config, data, total_steps=1)))["image"]
+    samples = next(iter(input_pipeline.train_batches(config, data, total_steps=1)))["image"]
+    return tiling.blend(samples.astype(np.float32)).round().astype(np.uint8)

@@ -23,7 +23,7 @@ class Graph:
     Attributes:
       inspect: uint8 [b, *size, 3] -> maps, float32 [b, *size] in [0, 1], and distances of the whole
         images from normal ones, float32 [b].
-      size: (height, width) of the network.
+      size: (height, width) of the network, or of the whole that its tiles are laid to.
       given: (height, width) of the images that the export takes.
       batch: images that it takes at a time; 0: any number.
       score_pixels: see `evaluate.image_score`.
@@ -75,8 +75,7 @@ def make(
     variables = jax.tree.map(jnp.asarray, jax.device_get(detector.variables))
 
     def inspect(image):
-        logits, distances = model.apply(variables, image, method="inspect")
-        return jax.nn.sigmoid(logits), distances
+        return evaluate.stitched(model, variables, image)
 
     return Graph(
         inspect, size, given or size, batch, detector.config.score_pixels, about, opset,

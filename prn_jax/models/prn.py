@@ -14,6 +14,7 @@ from prn_jax.models.layers import Dtype, conv1x1
 from prn_jax.models.memory import PatchMap, PatchResidual, window_residuals
 from prn_jax.models.prototypes import PrototypeResidual
 from prn_jax.models.whole import OUTSIDE, RegionOfInterest, WholeImage, describe
+from prn_jax.tiles import Tiling
 
 SCALES = 3  # stages 1 to 3, at strides 4, 8, 16, have prototypes
 
@@ -28,7 +29,7 @@ class PRN(nn.Module):
     Attributes:
       backbone_name: a key of `BACKBONES`.
       train_stage4: stage 4 is trained (its variables are `params`) or frozen.
-      num_prototypes: k, the same for each scale.
+      num_prototypes: k, the same for each scale; of tiles, those of all places.
       attention_layers: N of Fig. 3.
       divisions: see `MultiSizeAttention`.
       use_prototypes: the residuals of whole maps are an input.
@@ -39,6 +40,8 @@ class PRN(nn.Module):
       use_stem: the decoder sees what enters stage 1, at stride 2.
       num_centres: of `WholeImage`.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
+      tiling: of the images whose tiles it sees; None: it sees whole images. The region of interest
+        is that of the whole image: what a tile has of it, `mask` says.
       dtype: compute type; parameters, statistics, distances and logits are float32.
     """
 
@@ -55,6 +58,7 @@ class PRN(nn.Module):
     use_stem: bool = False
     num_centres: int = 1
     trained: bool = True
+    tiling: Tiling | None = None
     dtype: Dtype = jnp.float32
 
     def setup(self):
@@ -86,10 +90,32 @@ class PRN(nn.Module):
         self, image: UInt8[Array, "b height width 3"], train: bool = False
     ) -> tuple[Float[Array, "b height width"], Float[Array, " b"]]:
         """Logits, `OUTSIDE` where the image does not count, and `WholeImage`'s distances."""
+        logits, descriptor = self.look(image, train=train)
+        return logits, self.whole(descriptor)
+
+    def look(
+        self,
+        image: UInt8[Array, "b height width 3"],
+        mask: UInt8[Array, "b height width"] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b height width"], Float[Array, "b d"]]:
+        """Logits and descriptors of images, or of tiles that count where `mask` is 1."""
         stem, *features, deepest = self._stages(image)
-        mask = self.interest(*image.shape[1:3])
+        mask = self._interest(image, mask)
         logits = jnp.where(mask > 0, self._logits(stem, features, deepest, train), OUTSIDE)
-        return logits, self.whole(describe(image, tuple(features), mask))
+        return logits, describe(image, tuple(features), mask)
+
+    def distance(self, descriptor: Float[Array, "b d"]) -> Float[Array, " b"]:
+        """`WholeImage`'s distances."""
+        return self.whole(descriptor)
+
+    def _interest(self, image: Array, mask: Array | None) -> Array:
+        """Where images or tiles count; a tile whose place is not known counts everywhere."""
+        if self.tiling is None:
+            return self.interest(*image.shape[1:3])
+        if self.is_initializing():
+            self.interest(*self.tiling.size)
+        return jnp.ones(image.shape[1:3], jnp.uint8) if mask is None else mask
 
     def _logits(self, stem: Array, features: list[Array], deepest: Array, train: bool) -> Array:
         found = [self._residuals(scale, x) for scale, x in enumerate(features)]
@@ -136,10 +162,18 @@ class PRN(nn.Module):
         """The frozen feature maps at strides 4, 8, 16, float32: what prototypes are made of."""
         return tuple(x.astype(jnp.float32) for x in self._stages(image)[1:-1])
 
-    def descriptor(self, image: UInt8[Array, "b height width 3"]) -> Float[Array, "b d"]:
+    def descriptor(
+        self,
+        image: UInt8[Array, "b height width 3"],
+        mask: UInt8[Array, "b height width"] | None = None,
+    ) -> Float[Array, "b d"]:
         """What `WholeImage` compares: means over the image of colours and frozen features."""
-        mask = self.interest(*image.shape[1:3])
-        return describe(image, self._stages(image)[1:-1], mask)
+        return describe(image, self._stages(image)[1:-1], self._interest(image, mask))
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Entries of a descriptor that are of one kind: colours, then each scale's features."""
+        return (3, *self._channels())
 
     def _stages(self, image: Array) -> tuple[Array, ...]:
         """What enters stage 1, and the four stages' maps: strides 2, 4, 8, 16, 32."""
@@ -156,15 +190,21 @@ def compute_dtype(config: ConfigDict) -> Dtype:
 
 
 def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
-    """The network of a configuration (see configs/default.py), of an earlier version's too."""
+    """The network of a configuration (see configs/default.py), of an earlier version's too.
+
+    Args:
+      config: the configuration.
+      num_prototypes: of each place of a tile, and scale.
+    """
     memory = config.get("memory", {})
     # Before there was a memory, no steps meant as many as `epochs` says.
     trained = config.total_steps != 0 or not memory
+    tiling = Tiling.of(config)
     return PRN(
         backbone_name=config.backbone.name,
         train_stage4=config.backbone.train_stage4,
         # Without training no whole map is compared with; a checkpoint keeps its form.
-        num_prototypes=num_prototypes if trained else 1,
+        num_prototypes=num_prototypes * tiling.count if trained else 1,
         attention_layers=config.attention.layers,
         divisions=tuple(config.attention.divisions),
         use_prototypes=config.prototypes.get("enabled", True),
@@ -175,5 +215,6 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         window=memory.get("window", 0),
         num_centres=num_prototypes,
         trained=trained,
+        tiling=tiling if tiling.count > 1 else None,
         dtype=compute_dtype(config),
     )

@@ -60,22 +60,25 @@ class WholeImage(nn.Module):
 def describe(
     image: UInt8[Array, "b height width 3"],
     features: tuple[Array, ...],
-    mask: UInt8[Array, "height width"],
+    mask: UInt8[Array, "height width"] | UInt8[Array, "b height width"],
 ) -> Float[Array, "b d"]:
     """Means over the region of interest: of the colours, and of each scale's features.
 
     Args:
       image: the images.
       features: their maps [b, h, w, c], at whole fractions of the image's size.
-      mask: the region of interest.
+      mask: the region of interest, of all images or of each.
     """
     means = []
     for x in (image.astype(jnp.float32), *features):
         height, width = x.shape[1:3]
-        parts = mask.astype(jnp.float32).reshape(height, mask.shape[0] // height, width, -1)
-        weight = jnp.mean(parts, axis=(1, 3))
+        sides = height, mask.shape[-2] // height, width, mask.shape[-1] // width
+        parts = mask.astype(jnp.float32).reshape(*mask.shape[:-2], *sides)
+        weight = jnp.mean(parts, axis=(-3, -1))
         total = jnp.sum(x.astype(jnp.float32) * weight[..., None], axis=(1, 2))
-        means.append(total / jnp.maximum(jnp.sum(weight), 1e-6))
+        # [1], or [b, 1] where each image has its own.
+        amount = jnp.sum(weight, axis=(-2, -1))[..., None]
+        means.append(total / jnp.maximum(amount, 1e-6))
     return jnp.concatenate(means, axis=-1)
 
 
