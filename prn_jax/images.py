@@ -400,8 +400,9 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.shape[:2] == tuple(size):
         return image
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    # One side after the other: versions of Pillow differ in which they would take first.
+    wide = Image.fromarray(image).resize((size[1], len(image)), Image.Resampling.BILINEAR)
+    return np.asarray(wide.resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from prn_jax.export import calibration, check
 from tests.trees import draw, save
 
 CAMERA = (90, 120)
-ALL = [(kind, False) for kind in export.FORMATS] + [("onnx", True), ("openvino", True)]
+ALL = [(kind, False) for kind in export.FORMATS] + [("onnx", True)]
 
 
 @pytest.fixture(scope="module")

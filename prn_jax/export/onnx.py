@@ -54,7 +54,7 @@ def _convert(graph: Graph, function, size, outputs):
         import jax2onnx
 
         try:
-            return jax2onnx.to_onnx(
+            model = jax2onnx.to_onnx(
                 function,
                 [graph.spec(size)],
                 model_name="prn",
@@ -67,6 +67,9 @@ def _convert(graph: Graph, function, size, outputs):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"--opset={graph.opset}: jax2onnx cannot write it: {reason}") from error
+    # Shapes between nodes are those before jax2onnx moved the channels: runtimes find their own.
+    del model.graph.value_info[:]
+    return model
 
 
 def _after(first, second):

@@ -18,7 +18,6 @@ RUNTIMES = {
     "onnxruntime": ("onnx", False),
     "OpenVINO": ("openvino", False),
     "onnxruntime, int8": ("onnx", True),
-    "OpenVINO, int8": ("openvino", True),
 }
 
 

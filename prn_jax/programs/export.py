@@ -24,7 +24,7 @@ INPUT_SIZE = flags.DEFINE_list(
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images that it takes; 0: any number.", 0)
 OPSET = flags.DEFINE_integer("opset", None, "Of ONNX; default: what jax2onnx writes.", 1)
-INT8 = flags.DEFINE_bool("int8", False, "8-bit convolutions, of onnx and openvino.")
+INT8 = flags.DEFINE_bool("int8", False, "8-bit convolutions, of onnx.")
 IMAGES = flags.DEFINE_string(
     "images", "", "Folder of images to compare on; default: the test images of the training."
 )
