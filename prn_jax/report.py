@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
 from prn_jax import explain, metrics, pictures, results
 from prn_jax.errors import UserError, shown
+from prn_jax.tiles import Tiling
 
 # Longest side of a test image on the page, in pixels.
 _SIDE = 192
@@ -59,7 +61,7 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
         title=html.escape(f"PRN on {dataset}"),
         subtitle=html.escape(
             f"{len(runs)} runs, {first['backbone']['name']}, "
-            f"{'x'.join(map(str, first['image_size']))} pixels. In percent."
+            f"{Tiling.of(ConfigDict(first))} pixels. In percent."
         ),
         table=_table([(name, run) for name, _, run in runs], dataset),
         notes=html.escape(notes),
@@ -110,7 +112,7 @@ def _run_data(name: str, folder: epath.Path, run: Run) -> dict[str, Any]:
                 "map": _embed(pictures.overlay(image, values)),
             }
         )
-    height, width = run["config"]["image_size"]
+    height, width = Tiling.of(ConfigDict(run["config"])).size
     device = run["provenance"]["device"]
     took = ""
     if run["timing"]["train_steps"] == run["steps"]:  # not resumed

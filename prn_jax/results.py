@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from prn_jax.errors import UserError, shown
+from prn_jax.tiles import Tiling
 
 COLUMNS = {
     "image_auroc": "image AUROC",
@@ -260,7 +262,7 @@ def percent(value: float | None) -> str:
 def _notes(runs: dict[str, dict], dataset: str) -> list[str]:
     notes = [
         f"- {name}: {run['steps']} steps of {run['config']['batch_size']} images at "
-        f"{run['config']['image_size'][0]}x{run['config']['image_size'][1]}, "
+        f"{Tiling.of(ConfigDict(run['config']))}, "
         f"{len(run['split']['seen'])} seen anomalies, seed {run['seed']}, "
         f"split seed {run['split']['seed']}"
         for name, run in runs.items()

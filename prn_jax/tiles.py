@@ -35,6 +35,11 @@ class Tiling:
         tiles = tuple(config.get("tiles", (1, 1)))
         return cls(tuple(config.image_size), tiles, config.get("tile_overlap", 0))
 
+    def __str__(self) -> str:
+        """The size, and what it is made of, for people."""
+        whole, tile, grid = ("{}x{}".format(*x) for x in (self.size, self.tile, self.grid))
+        return tile if self.count == 1 else f"{whole} in {grid} tiles of {tile}"
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the whole image in pixels."""

@@ -1,6 +1,8 @@
 """Images larger than the network's: cutting, blending, and what is made of their tiles."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,11 @@ import pytest
 from configs import default
 from prn_jax import evaluate, experiment, fitting, input_pipeline
 from prn_jax import mesh as meshes
+from prn_jax import predict as prediction
 from prn_jax.errors import UserError
 from prn_jax.models.prn import PRN
 from prn_jax.tiles import Tiling
+from tests.trees import make_mvtec
 
 TILINGS = [
     Tiling((8, 12), (1, 1), 4),
@@ -161,9 +165,12 @@ def test_neither_batch_nor_devices_matter_and_the_score_is_the_whole_images():
         for a, b in zip((maps, scores, distances), again, strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-5)
     np.testing.assert_allclose(scores, evaluate.image_score(jnp.asarray(maps), 100), rtol=1e-6)
-    graph = jax.jit(lambda x: evaluate.stitched(model, variables, x))(images)
-    np.testing.assert_allclose(graph[0], maps, atol=1e-6)
-    np.testing.assert_allclose(graph[1], distances, rtol=1e-5)
+    # As exports compute it, for any number of images.
+    graph = jax.jit(lambda x: evaluate.stitched(model, variables, x))
+    spec = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *GRID.size, 3), jnp.uint8)
+    found = jax.export.export(graph)(spec).call(images[:2])
+    np.testing.assert_allclose(found[0], maps[:2], atol=1e-6)
+    np.testing.assert_allclose(found[1], distances[:2], rtol=1e-5)
     empty = predict(model, variables, images[:0])
     assert [len(x) for x in empty] == [0, 0, 0]
 
@@ -241,3 +248,42 @@ def test_tiles_are_the_samples_and_only_marked_ones_of_seen_anomalies():
     assert tiles.test is data.test  # whole
     config.tiles = (1, 1)
     assert input_pipeline.in_tiles(config, data) is data
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_in_tiles_is_resumed_and_predicts_what_it_was_judged_by(tmp_path):
+    make_mvtec(tmp_path / "raw", defects={"broken": 3}, train=3, size=(100, 90))
+    config = default.get_config()
+    config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
+    config.update_from_flattened_dict({
+        "category": "bottle", "image_size": (64, 64), "tiles": (2, 2), "tile_overlap": 16,
+        "num_seen": 1, "batch_size": 8, "total_steps": 2, "checkpoint.every_steps": 1,
+        "backbone.weights": "random", "attention.layers": 0, "synthesis.max_textures": 4,
+        "memory.patches": 8,
+    })  # fmt: skip
+    folder = tmp_path / "work" / "bottle"
+
+    def scores():
+        experiment.train_and_evaluate(config, str(tmp_path / "work"))
+        run = json.loads((folder / "results.json").read_text())
+        return {x["id"]: x["score"] for x in run["test"]}
+
+    whole = scores()
+    shutil.rmtree(folder / "checkpoints" / "2")
+    (folder / "results.json").unlink()
+    assert scores() == whole  # resumed after step 1, to the bit
+    detector = prediction.load(folder)
+    assert detector.image_size == (112, 112)
+    assert detector.model.num_prototypes == 4
+    names = [f"{tmp_path}/raw/bottle/{name}.png" for name in whole]
+    maps, found = detector(names)
+    assert {x.shape for x in maps} == {(100, 90)}
+    np.testing.assert_allclose(found, list(whole.values()), atol=2e-3)
+    one = dataclasses.replace(detector, mesh=meshes.create_mesh(jax.devices()[:1]))
+    one = dataclasses.replace(
+        one, variables=meshes.replicate(one.mesh, jax.device_get(detector.variables))
+    )
+    np.testing.assert_allclose(one(names)[1], found, atol=2e-3)
