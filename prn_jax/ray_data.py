@@ -32,11 +32,13 @@ class _Worker:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = [self._read(path) for path in batch["path"]]
         arrays = [row.pop("pixels") for row in rows if not row["error"]]
-        found = iter(zip(*self._detector(arrays, self._batch_size, fill=True)))
+        found = iter(zip(*self._detector.inspect(arrays, self._batch_size, fill=True)))
         for row in rows:
-            values, score = (np.zeros((1, 1)), np.nan) if row["error"] else next(found)
+            nothing = np.zeros((1, 1)), np.nan, np.nan
+            values, score, distance = nothing if row["error"] else next(found)
             place = divmod(int(values.argmax()), values.shape[1])
-            row |= {"score": float(score), "highest": float(values.max())}
+            row |= {"score": float(score), "distance": float(distance)}
+            row |= {"highest": float(values.max())}
             row |= {"row": place[0], "column": place[1], "checkpoint": self._detector.digest}
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
@@ -68,9 +70,10 @@ def predict_files(
     Args:
       paths: of the files, which every worker reaches by them.
       checkpoint: `<workdir>/<category>`, likewise.
-      output: a folder, likewise; gets Parquet files with `image`, `score` in [0, 1] (NaN where
-        there is none), the map's `highest` value with its `row` and `column`, `error`, `bytes` and
-        `modified` (nanoseconds) of the file, and the `checkpoint`'s digest.
+      output: a folder, likewise; gets Parquet files with `image`, `score` in [0, 1] and
+        `distance` (NaN where there is none), the map's `highest` value with its `row` and
+        `column`, `error`, `bytes` and `modified` (nanoseconds) of the file, and the `checkpoint`'s
+        digest.
       workers: detectors at a time.
       batch_size: images at a time of each.
       gpus: of each.
