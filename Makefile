@@ -3,19 +3,34 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-export lint lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python launch/main.py --config=configs/demo.py --workdir=runs/demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev test-export
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
+# The packages of the extra "export" want older versions of others than the suite runs with.
+test-export: $(VENV)-export/.dev
+	$(VENV)-export/bin/python -m pytest tests/test_export_formats.py -k "onnx or openvino"
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The quick tests with the lowest versions that setup.py allows.
+lowest: $(VENV)-lowest/.done
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+$(VENV)-lowest/.done: setup.py
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python \
+		--resolution lowest-direct -e ".[demo,dev]"
+	touch $@
 
 $(VENV)/.demo: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -27,5 +42,11 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet -e ".[demo,dev]"
 	touch $@
 
+$(VENV)-export/.dev: setup.py
+	$(PYTHON) -m venv $(VENV)-export
+	$(VENV)-export/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-export/bin/python -m pip install --quiet -e ".[demo,dev,export]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-export $(VENV)-lowest runs

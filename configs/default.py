@@ -107,6 +107,9 @@ def get_config() -> ConfigDict:
     config.loss.focal_weight = 5.0
     config.loss.focal_alpha = 0.5
     config.loss.focal_gamma = 4.0
+    # Weight of the batch's Dice loss, which the many pixels without an anomaly do not water down;
+    # 0: none. Beyond the paper.
+    config.loss.dice_weight = 0.0
 
     # --- training ------------------------------------------------------------------------------
     # Images per step over all devices and hosts. PRNet: 48; ours divides among more devices.
@@ -209,6 +212,11 @@ def get_config() -> ConfigDict:
     # --- logs and checkpoints --------------------------------------------------------------------
     # Steps between two progress lines and TensorBoard points.
     config.log_every = 10
+    # The step after which a profile for TensorBoard or XProf begins, and the steps that it takes;
+    # 0: none. 10 is past compilation.
+    config.profile = ConfigDict()
+    config.profile.first_step = 0
+    config.profile.steps = 5
     # Steps and minutes between two checkpoints, whichever comes first; 0 switches one off. The
     # last step is always saved.
     config.checkpoint = ConfigDict()

@@ -166,6 +166,30 @@ def check_name(folder: str | os.PathLike) -> None:
         )
 
 
+def holds_checkpoints(folder: pathlib.Path | epath.Path) -> bool:
+    """Whether a folder has checkpoints in it, complete or not."""
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def check_outside(path: str | os.PathLike, flag: str) -> None:
+    """Refuses to write among a run's checkpoints: each folder there is taken for one.
+
+    Args:
+      path: where something is to be written.
+      flag: that gave it, for the message.
+
+    Raises:
+      UserError: it lies there, or is that folder itself.
+    """
+    place = pathlib.Path(os.path.realpath(os.path.expanduser(path)))
+    for folder in (place, *place.parents):
+        if folder.name == "checkpoints" and holds_checkpoints(folder):
+            raise UserError(
+                f"{flag}={shown(path)}: nothing else may lie among the checkpoints in "
+                f"{shown(folder)}; give another place"
+            )
+
+
 class _GlobProof(type(epath.Path("/"))):
     """A local path below which Orbax finds its files, whatever the folders are called.
 

@@ -13,6 +13,7 @@ COMMANDS = (
     "train",
     "preview",
     "predict",
+    "watch",
     "export",
     "evaluate",
     "report",

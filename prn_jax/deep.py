@@ -8,14 +8,27 @@ from PIL import Image, ImageOps
 
 # Pillow's modes of grey of more than 8 bits.
 GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # TIFF's tags
+# TIFF's tags.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _PLANES = 258, 262, 281, 284
 
 
 def is_deep(image: Image.Image) -> bool:
     """Whether an image that was opened, but not loaded, has more than 8 bits per channel."""
     if image.format == "PPM" and image.mode != "F":
         return _ppm_maximum(image) > 255
-    return image.mode in GREY or ";16" in _raw_mode(image)
+    return image.mode in GREY or (";16" in _raw_mode(image) and image.mode != "CMYK")
+
+
+def is_scrambled(image: Image.Image) -> bool:
+    """Whether it is TIFF with each 16-bit colour in a plane of its own, which Pillow misreads."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits = tags.get(_BITS_PER_SAMPLE, ())
+    return tags.get(_PLANES) == 2 and len(bits) > 1 and max(bits) > 8
+
+
+def is_inverted(image: Image.Image) -> bool:
+    """Whether it is TIFF of more than 8 bits whose 0 is white, which Pillow does not turn over."""
+    return image.format == "TIFF" and is_deep(image) and image.tag_v2.get(_PHOTOMETRIC) == 0
 
 
 def declared(data: bytes, image: Image.Image) -> int:

@@ -170,13 +170,23 @@ def descriptors(
     return _run(_descriptor_step(model, mesh), variables, (images,), mesh, size, empty)[0]
 
 
-def stitched_maps(model: PRN, variables: Tree, image: jax.Array) -> jax.Array:
-    """Maps of whole images, uint8 [b, h, w, 3], of any b, as one graph: for exports."""
-    if not model.tiling:
-        return jax.nn.sigmoid(model.apply(variables, image))
-    maps = jax.nn.sigmoid(model.apply(variables, model.tiling.cut(image)))
-    interest = jnp.asarray(_interest(model, variables), jnp.float32)
-    return model.tiling.blend(maps) * interest
+def stitched(model: PRN, variables: Tree, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Maps and distances of whole images, uint8 [b, h, w, 3], of any b, as one graph."""
+    tiling = model.tiling
+    if not tiling:
+        logits, distances = model.apply(variables, image, method="inspect")
+        return jax.nn.sigmoid(logits), distances
+    interest = jnp.asarray(_interest(model, variables))
+    masks = tiling.cut(interest[None])
+    weights = jnp.mean(masks, axis=(1, 2), dtype=jnp.float32)
+    # Not by `broadcast_to`: some exports know no shape that holds a batch of any size.
+    ones = image[:, :1, :1, 0] * 0 + 1
+    counts = (masks[None] * ones[:, None]).reshape(-1, *tiling.tile)
+    logits, found = model.apply(variables, tiling.cut(image), counts, method="look")
+    found = found.reshape(-1, tiling.count, found.shape[-1])
+    descriptor = jnp.sum(found * weights[:, None], axis=1) / jnp.maximum(jnp.sum(weights), 1e-6)
+    maps = tiling.blend(jax.nn.sigmoid(logits)) * interest.astype(jnp.float32)
+    return maps, model.apply(variables, descriptor, method="distance")
 
 
 def _interest(model: PRN, variables: Tree) -> np.ndarray:

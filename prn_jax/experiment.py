@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from clu.parameter_overview import count_parameters
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from prn_jax import evaluate, explain, pretrained, results, thresholds, trained_on
 from prn_jax import mesh as meshes
 from prn_jax import train as training
-from prn_jax.checkpoints import Checkpoints, check_name
+from prn_jax.checkpoints import Checkpoints, check_name, holds_checkpoints
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import Identity, as_dict, lock
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
@@ -212,8 +213,7 @@ def _finished_metrics(config, folder, allow_config_change) -> dict[str, float | 
 
 def _has_checkpoint(folder: epath.Path) -> bool:
     """Whether a run goes on from a checkpoint, which has the backbone's weights in it."""
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+    return holds_checkpoints(folder / "checkpoints")
 
 
 @contextlib.contextmanager
@@ -229,7 +229,7 @@ def _run_category(
 ) -> dict[str, float | None]:
     """Trains and evaluates `config.category`."""
     # TensorFlow is needed from here on: it reads the images.
-    from prn_jax import input_pipeline
+    from prn_jax import board, input_pipeline
 
     began = time.monotonic()
     data = meshes.first_on_main(
@@ -258,12 +258,13 @@ def _run_category(
 
     load_seconds = time.monotonic() - began
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    writer = _ScalarWriter(folder)
+    writer = board.create_writer(folder)
+    board.write_config(writer, config)
 
     def evaluate_during(step, model, variables):
         maps, scores, _ = _predict(config, model, variables, data.test, mesh)
         metrics = evaluate_rankings(*_rankings(data, maps, scores))
-        writer(step, {f"test/{k}": v for k, v in metrics.items() if v is not None})
+        board.write_test(writer, step, data.test, maps, metrics)
         logging.info("step %d: %s", step, _one_line(metrics))
 
     identity = Identity(
@@ -287,7 +288,9 @@ def _run_category(
             checkpoints,
             mesh,
             identity,
-            write_scalars=writer,
+            write_scalars=writer.write_scalars,
+            describe=functools.partial(board.write_parameters, writer),
+            actions=board.profile(config, folder, identity.steps),
             evaluate=evaluate_during,
             allow_config_change=allow_config_change,
             roi=data.roi,
@@ -344,10 +347,12 @@ def _run_category(
             "seed": config.seed,
             "provenance": results.provenance(),
             "timing": timing,
-            "parameters": _count(trained.variables["params"]),
+            "parameters": int(count_parameters(trained.variables["params"])),
         }
         if len(data.test):
             _write_pictures(folder, data.test, maps, scores)
+            with contextlib.closing(board.create_writer(folder)) as writer:
+                board.write_test(writer, trained.identity.steps, data.test, maps, metrics)
         # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
         deciding = chosen | {"score_pixels": config.score_pixels}
         results.write_thresholds(checkpoints.folder, trained.identity.steps, deciding)
@@ -409,26 +414,3 @@ def _write_pictures(folder, test, maps, scores) -> None:
 def _one_line(metrics: dict[str, float | None]) -> str:
     shown = (f"{k} {'-' if v is None else f'{v:.4f}'}" for k, v in metrics.items())
     return ", ".join(shown)
-
-
-def _count(params: Any) -> int:
-    return int(sum(x.size for x in jax.tree.leaves(params)))
-
-
-class _ScalarWriter:
-    """TensorBoard events through CLU, on process 0."""
-
-    def __init__(self, folder: epath.Path):
-        from clu import metric_writers
-
-        self._writer = None
-        if meshes.is_main():
-            self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
-
-    def __call__(self, step: int, scalars: dict[str, float]) -> None:
-        if self._writer is not None:
-            self._writer.write_scalars(step, scalars)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()

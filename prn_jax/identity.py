@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "eval_batch_size",
     "eval_every",
     "log_every",
+    "profile",
     "thresholds",
     "total_steps",
 )
@@ -38,6 +39,7 @@ FREE_FIELDS = (
 _BEFORE = {
     "data.holdout": 0.0,
     "decoder.stem": False,
+    "loss.dice_weight": 0.0,
     "optimizer.average": 0.0,
     "optimizer.clip": 0.0,
     "prototypes.max_images": 1000,
@@ -171,11 +173,11 @@ class Identity:
                 f"{text}: {step} steps are done, and none is undone. Set total_steps (or epochs) "
                 "back, or give another --workdir"
             )
-        if other.white_level != self.white_level and self.fingerprint:
+        if self.white_level and self.white_level != other.white_level:
             raise UserError(
-                f"{text}: of the images of more than 8 bits level {self.white_level} was white, "
-                f"now {other.white_level} is (0: there are none), and the network would see them "
-                "darker or brighter. Put the images back, or give another --workdir"
+                f"{text}: level {self.white_level} was white in images of more than 8 bits, now it "
+                f"is {other.white_level} (0: there are none), and all would be brighter or darker "
+                "to the network. Put the images back, or give another --workdir"
             )
         if found and not allow:
             raise UserError(

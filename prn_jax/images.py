@@ -213,6 +213,12 @@ def read_array(path: pathlib.Path, white: int = 0) -> np.ndarray:
       UserError: as `read_picture`.
     """
     picture = read_picture(path)
+    if picture.pages > 1:
+        logging.log_first_n(
+            logging.WARNING,
+            "%s holds %d images: the first is read, as of each such file (said once)",
+            1, shown(path), picture.pages,
+        )  # fmt: skip
     if not white:  # It was trained on 8-bit images: better a guess than a black image.
         white = white_level(max(picture.declared, int(picture.levels.max(initial=0))))
         if picture.levels.dtype != np.uint8:
@@ -302,7 +308,7 @@ def _read(path: pathlib.Path, erase: bool) -> Picture:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "Pillow knows no such type"
+        return "of no type, or no variant of it, that Pillow reads"
     first = (str(getattr(error, "strerror", None) or error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -328,7 +334,7 @@ def _levels(data: bytes, image: Image.Image, erase: bool) -> np.ndarray:
     """Decodes the first page; see `upright`."""
     if image.format == "PPM" and deep.is_deep(image):
         return deep.ppm_levels(data, image)
-    if deep.is_deep(image) and image.mode in ("RGB", "RGBA"):
+    if deep.is_deep(image) and image.mode in ("RGB", "RGBA") and not deep.is_scrambled(image):
         levels = deep.colour_levels(data, image)
         if levels.shape[-1] == 4 and erase:
             levels[levels[..., 3] == 0] = 0
@@ -349,6 +355,12 @@ def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
     Raises:
       UserError: the pixels do not fit; without a name.
     """
+    if deep.is_scrambled(image):
+        raise UserError(
+            "16-bit TIFF whose colours are in planes of their own (PlanarConfiguration 2) is not "
+            "read; save the file with interleaved colours, or as PNG"
+        )
+    inverted = deep.is_inverted(image)
     image.load()  # Decodes everything: a truncated file shows only now.
     image = ImageOps.exif_transpose(image)
     if image.mode in deep.GREY:
@@ -358,7 +370,7 @@ def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
                 f"pixels from {levels.min()} to {levels.max()} do not fit 16 bits; save the file "
                 "as 16-bit grey"
             )
-        return levels.astype(np.uint16)
+        return (65535 - levels if inverted else levels).astype(np.uint16)
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))
     if erase and image.mode in ("LA", "PA", "RGBA"):
@@ -369,10 +381,8 @@ def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except ValueError:
         pass
-    raise UserError(
-        f"pixels of Pillow's mode {image.mode} do not fit 8 or 16 bits; save the file as 8-bit RGB "
-        "or 16-bit grey"
-    )
+    what = "floating-point pixels" if image.mode == "F" else f"pixels of Pillow's mode {image.mode}"
+    raise UserError(f"{what} have no known white; save the file as 8-bit RGB or 16-bit grey")
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -390,8 +400,9 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.shape[:2] == tuple(size):
         return image
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    # One side after the other: versions of Pillow differ in which they would take first.
+    wide = Image.fromarray(image).resize((size[1], len(image)), Image.Resampling.BILINEAR)
+    return np.asarray(wide.resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -163,14 +163,6 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     )
     size, metadata = Tiling.of(config).size, builder.info.metadata or {}
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
-    roi = from_text(metadata["roi"], size) if "roi" in metadata else None
-    if roi is not None:
-        logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
-        train, test = (_inside(split, roi, category) for split in (train, test))
-    source = test if builder.seen_from == "test" else train
-    anomalous = source.select(source.label == 1)
-    usable = anomalous.has_mask & anomalous.mask.any(axis=(1, 2))
-    seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, usable))
     lacking = [x for split in (train, test) for x, known in zip(split.id, split.has_mask)
                if not known]  # fmt: skip
     if lacking:
@@ -179,9 +171,19 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
             "alone, and are not drawn as seen ones",
             category, len(lacking), ", ".join(lacking[:5]),
         )  # fmt: skip
+    roi = from_text(metadata["roi"], size) if "roi" in metadata else None
+    if roi is not None:
+        logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
+        train, test = (_inside(split, roi, category) for split in (train, test))
+    source = test if builder.seen_from == "test" else train
+    anomalous = source.select(source.label == 1)
+    usable = anomalous.has_mask & anomalous.mask.any(axis=(1, 2))
+    seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, usable))
     normal = train.select(train.label == 0)
     if not len(normal):
-        raise UserError(f"{config.data.name} {category}: there are no normal images to train on")
+        raise UserError(
+            f"{config.data.name}/{category}: there are no normal images to train on; add some"
+        )
     held_out = set(holdout_split(normal.id, config.data.holdout, config.split_seed))
     held = normal.select([x in held_out for x in normal.id])
     normal = normal.select([x not in held_out for x in normal.id])
@@ -369,7 +371,8 @@ def train_batches(
     """
     if config.batch_size % process_count:
         raise UserError(
-            f"batch_size={config.batch_size} cannot be divided among {process_count} processes"
+            f"batch_size={config.batch_size} cannot be divided among {process_count} processes: "
+            f"give a multiple of {process_count}"
         )
     local = config.batch_size // process_count
     data = in_tiles(config, data)

@@ -1,5 +1,6 @@
 """A trained network judged on other images: another day's, another split, another line's."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -130,7 +131,10 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
       `metrics` as in a training's results; `thresholds` by name (`stored`, `measured`): the figures
       of `at_thresholds`; `images`: id, defect and score of each. And what draws its sheet.
     """
-    maps, scores = evaluate.predict(
+    roi = detector.roi
+    inside = np.ones(found.mask.shape[1:], bool) if roi is None else roi > 0
+    found = dataclasses.replace(found, mask=found.mask * inside)
+    maps, scores, _ = evaluate.predict(
         detector.model,
         detector.variables,
         found.image,
@@ -141,12 +145,17 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
     )
     known, label = found.has_mask, found.label
     metrics = evaluate_rankings(
-        rank_images(scores, label), rank_pixels(maps[known], found.mask[known])
+        rank_images(scores, label), rank_pixels(maps[known], found.mask[known], roi)
     )
     chosen = {"stored": detector.thresholds}
     if (label == 0).any():  # Without normal images nothing but those that were trained on is left.
         chosen["measured"] = thresholds.choose(
-            scores, label, maps, found.mask, trained_on=lambda: (maps, scores), known=known
+            scores,
+            label,
+            maps[:, inside],
+            found.mask[:, inside],
+            trained_on=lambda: (maps, scores),
+            known=known,
         )
     evaluation = {
         "category": detector.config.category,

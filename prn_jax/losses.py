@@ -1,7 +1,9 @@
 """The loss of PRN: smooth L1 plus focal, between the anomaly map and the mask (Fig. 3).
 
-Both are written in terms of the logits, so that neither over- nor underflows.
+All are written in terms of the logits, so that none over- or underflows.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +36,22 @@ def focal(
     weight = jnp.where(mask > 0.5, alpha, 1.0 - alpha)
     missing = jax.nn.sigmoid(-towards_truth)
     return jnp.mean(-weight * missing**gamma * jax.nn.log_sigmoid(towards_truth))
+
+
+def dice(
+    logits: Float[Array, "b h w"],
+    mask: Float[Array, "b h w"],
+    total: Callable[[Array], Array] = lambda x: x,
+) -> Float[Array, ""]:
+    """Dice loss of the whole batch, `1 - 2 |p m| / (|p| + |m|)` (V-Net, Milletari et al. 2016).
+
+    Of all images together, for one without an anomaly has no overlap; with 1 added above and below.
+
+    Args:
+      logits: [b, h, w], before the sigmoid.
+      mask: [b, h, w] in {0, 1}.
+      total: sums over the devices that share the batch.
+    """
+    probability = jax.nn.sigmoid(logits)
+    overlap = total(jnp.sum(probability * mask))
+    return 1.0 - (2.0 * overlap + 1.0) / (total(jnp.sum(probability) + jnp.sum(mask)) + 1.0)

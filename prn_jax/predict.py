@@ -85,6 +85,13 @@ class Detector:
         """(height, width) in pixels at which an image is looked at, in tiles or as a whole."""
         return Tiling.of(self.config).size
 
+    @property
+    def roi(self) -> np.ndarray | None:
+        """The region of interest at the size that images are looked at, uint8 [h, w]; None: all."""
+        stored = self.variables["prototypes"].get("interest")
+        mask = None if stored is None else np.asarray(jax.device_get(stored["mask"]))
+        return None if mask is None or mask.all() else mask
+
     def __call__(
         self,
         images: ImageLike | Iterable[ImageLike],

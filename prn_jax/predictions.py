@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from prn_jax import evaluate, explain, images, pictures, results, tables
+from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector, Inspection
 from prn_jax.progress import duration
@@ -69,8 +70,8 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
                 found.setdefault(os.path.abspath(file), (file, name))
     if not found:
         raise UserError(f"{shown(patterns[0])}: there are no images{_left_out(skipped, own)}")
-    if skipped:
-        logging.warning("skipped %s", images.describe(skipped))
+    if foreign := [path for path in skipped if path.name not in _TABLES]:
+        logging.warning("skipped %s", images.describe(foreign))
     if own:
         logging.info("left out %d files of earlier predictions", own)
     names: dict[pathlib.Path, str] = {}
@@ -134,6 +135,7 @@ def prepare(output: str | os.PathLike) -> pathlib.Path:
     Raises:
       UserError: it cannot be made or written to.
     """
+    check_outside(output, "--output")
     folder = pathlib.Path(output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -151,7 +151,7 @@ class Termination:
             signal.signal(number, handler)
 
     def _note(self, number, _):
-        if self._came and number == signal.SIGINT:
+        if self._came and number == self.number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number, self._came = number, True
         if number == signal.SIGINT:  # No print: it may be what was interrupted.

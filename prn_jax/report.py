@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from prn_jax import explain, metrics, pictures, results
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, shown
 from prn_jax.tiles import Tiling
 
 # Longest side of a test image on the page, in pixels.
@@ -88,7 +88,9 @@ def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
             name = "/".join(folder.parts[len(root.parts) :])
             found.append((name, folder, results.read_run(folder)))
     if not found:
-        raise UserError(f"no results below {workdir}: give the --workdir of a finished training")
+        raise UserError(
+            f"no results below {shown(workdir)}: give the --workdir of a finished training"
+        )
     return found
 
 
@@ -98,7 +100,7 @@ def _run_data(name: str, folder: epath.Path, run: Run) -> dict[str, Any]:
     maps = stored["map"].astype(np.float32)
     if len(maps) != len(run["test"]):
         raise UserError(
-            f"{folder}: results.json and predictions.npz are of different runs; remove "
+            f"{shown(folder)}: results.json and predictions.npz are of different runs; remove "
             "results.json and run the category again (it is only evaluated)"
         )
     images = []

@@ -6,7 +6,7 @@ whoever made them.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax
@@ -173,8 +173,12 @@ def make_train_step(
         smooth_l1 = losses.smooth_l1(logits, mask)
         focal = losses.focal(logits, mask, config.loss.focal_alpha, config.loss.focal_gamma)
         loss = smooth_l1 + config.loss.focal_weight * focal
+        values = {"smooth_l1": smooth_l1, "focal": focal}
+        if config.loss.dice_weight:
+            values["dice"] = losses.dice(logits, mask, lambda x: jax.lax.psum(x, "data"))
+            loss += config.loss.dice_weight * values["dice"]
         # Averaged before it is differentiated, so that the gradient is the global batch's.
-        values = {"loss": loss, "smooth_l1": smooth_l1, "focal": focal}
+        values["loss"] = loss
         values = jax.lax.pmean(values, "data")
         return values["loss"], (values, updates["batch_stats"])
 
@@ -232,6 +236,8 @@ def train(
     *,
     write_scalars: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int, PRN, dict[str, Tree]], None] | None = None,
+    describe: Callable[[Tree], None] = lambda params: None,
+    actions: Sequence[Callable[[int], Any]] = (),
     allow_config_change: bool = False,
     roi: np.ndarray | None = None,
 ) -> Trained:
@@ -246,6 +252,8 @@ def train(
       identity: what the run is made of; its `steps` say how long the training is.
       write_scalars: receives the losses of a log step.
       evaluate: called with the step and the network every `config.eval_every` steps.
+      describe: receives the trained parameters, before the first step.
+      actions: called with each step when it is done, as CLU's periodic actions are.
       allow_config_change: go on although the checkpoint is made of something else.
       roi: where an image counts, uint8 [h, w] in {0, 1}; default: everywhere.
 
@@ -269,6 +277,8 @@ def train(
     state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh, interest)
     train_step = make_train_step(config, model, optimizer, mesh)
     start = int(state.step)
+    if start < steps:
+        describe(state.params)
 
     def save(step: int) -> None:
         checkpoints.save(step, state.network | frozen, state.to_resume, identity)
@@ -279,8 +289,11 @@ def train(
     batches = _prefetch(mesh, make_batches(start, steps)) if start < steps else iter(())
     with Termination() as termination, progress:
         for step, batch in enumerate(batches, start=start + 1):
-            state, values = train_step(state, frozen, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, values = train_step(state, frozen, batch)
             progress.update(step, values)
+            for action in actions:
+                action(step)
             is_log_step = step % config.log_every == 0
             stop = termination.requested(step)
             due = _due(step, config.checkpoint.every_steps)

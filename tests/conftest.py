@@ -1,9 +1,11 @@
 """Fixtures that every test may use, and jaxtyping's run-time checks switched on."""
 
 import atexit
+import contextlib
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 # Before anything imports the package: annotations of shapes are checked at run time.
@@ -28,6 +30,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prn_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# Behind a shell's & Ctrl-C is ignored, by the programs that a test starts and interrupts, too.
+with contextlib.suppress(ValueError):  # not the main thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import demo
 from prn_jax import evaluate, experiment, fitting, input_pipeline, metrics, train
@@ -96,13 +97,13 @@ def main(records, prototypes, coordinator, count, number, output):
     batches = make_batches(config, data)
     own = fit_prototypes(config, data, mesh)
     with np.load(prototypes) as file:
-        given = {name: {"maps": file[name]} for name in file.files}
+        given = unflatten_dict({name: file[name] for name in file.files}, sep=".")
     with jax.enable_x64(True):
         config.dtype = "float64"
         _, _, losses, scores, found = run(config, data, batches, mesh, given, np.float64)
     if meshes.is_main():
-        maps = {name: own[name]["maps"] for name in own}
-        np.savez(pathlib.Path(output), losses=losses, scores=scores, **maps, **found)
+        own = flatten_dict(own, sep=".")
+        np.savez(pathlib.Path(output), losses=losses, scores=scores, **own, **found)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from prn_jax import export
+from prn_jax import export, predictions
 from prn_jax.errors import UserError
 from prn_jax.export import place
 
+FOLDERS = ("savedmodel", "openvino")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -26,12 +27,15 @@ def tree(folder):
 def make(folder, kind, text="network"):
     """What a format leaves to be put in its place."""
     made = folder / f"made_{kind}_{text}"
-    if kind == "savedmodel":
+    if kind in FOLDERS:
         (made / "variables").mkdir(parents=True)
         (made / "saved_model.pb").write_text(text)
     else:
         made.write_text(text)
-    return made
+    golden = folder / f"golden_{kind}_{text}"
+    golden.mkdir()
+    (golden / "expected.json").write_text(text)
+    return made, golden
 
 
 def occupy(there, what):
@@ -49,13 +53,16 @@ def occupy(there, what):
         there.symlink_to("target")
     elif what == "dangling link":
         there.symlink_to("nowhere")
+    elif what == "golden":
+        (there.parent / f"{there.name}.golden").mkdir()
+        (there.parent / f"{there.name}.golden" / "0.png").write_text("mine")
     elif what == "results":  # `--output=.../results`: the description would replace a run's
         (there.parent / f"{there.name}.json").write_text('{"metrics": {}}')
 
 
 @pytest.mark.parametrize("kind", export.FORMATS)
 @pytest.mark.parametrize(
-    "what", ["run", "empty folder", "file", "link", "dangling link", "results"]
+    "what", ["run", "empty folder", "file", "link", "dangling link", "golden", "results"]
 )
 def test_what_is_no_export_stays(kind, what, tmp_path):
     there = tmp_path / "out" / "bolt[2]"
@@ -64,33 +71,43 @@ def test_what_is_no_export_stays(kind, what, tmp_path):
     with pytest.raises(UserError, match=r"bolt\[2\].*nothing was changed"):
         export.prepare(kind, there)
     with pytest.raises(UserError, match="nothing was changed"):
-        place.put(make(tmp_path, kind), there, kind, {})
+        place.put(*make(tmp_path, kind), there, kind, {})
     assert tree(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("kind", ["savedmodel", "onnx"])
-def test_an_earlier_export_is_replaced_only_as_it_was_left(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "which"), [("savedmodel", "savedmodel"), ("onnx", "onnx"), ("onnx", "golden")]
+)
+def test_an_earlier_export_is_replaced_only_as_it_was_left(kind, which, tmp_path):
     there = tmp_path / "deep" / os.fsdecode(b"pi\xe8ce [2]") / "bolt"
     for text in ("first", "second"):
-        place.put(make(tmp_path, kind, text), there, kind, {"category": "bolt"})
-        file = there / "saved_model.pb" if kind == "savedmodel" else there
+        place.put(*make(tmp_path, kind, text), there, kind, {"category": "bolt"})
+        file = there / "saved_model.pb" if kind in FOLDERS else there
         assert file.read_text() == text
-        assert sorted(x.name for x in there.parent.iterdir()) == ["bolt", "bolt.json"]
+        assert (there.parent / "bolt.golden/expected.json").read_text() == text
+        assert sorted(x.name for x in there.parent.iterdir()) == [
+            "bolt", "bolt.golden", "bolt.json"
+        ]  # fmt: skip
     before = tree(there.parent)
     with pytest.raises(UserError, match=f"format {kind}, not stablehlo"):
         place.check(there, "stablehlo")
-    # Somebody's note in the folder, or a file that was worked on.
-    (there / "note" if kind == "savedmodel" else there).write_text("mine")
+    # Somebody's note in a folder, or a file that was worked on.
+    worked_on = {
+        "savedmodel": there / "note",
+        "onnx": there,
+        "golden": there.parent / "bolt.golden/n",
+    }
+    worked_on[which].write_text("mine")
     changed = tree(there.parent)
     with pytest.raises(UserError, match="not as the earlier export left it"):
-        place.put(make(tmp_path, kind, "third"), there, kind, {})
+        place.put(*make(tmp_path, kind, "third"), there, kind, {})
     assert tree(there.parent) == changed != before
 
 
-@pytest.mark.parametrize("renames", range(4))
+@pytest.mark.parametrize("renames", range(6))
 def test_an_interruption_leaves_the_earlier_export(renames, tmp_path, monkeypatch):
     there = tmp_path / "out" / "bolt"
-    place.put(make(tmp_path, "savedmodel", "first"), there, "savedmodel", {})
+    place.put(*make(tmp_path, "savedmodel", "first"), there, "savedmodel", {})
     before = tree(there.parent)
     rename, done = pathlib.Path.rename, []
 
@@ -102,7 +119,7 @@ def test_an_interruption_leaves_the_earlier_export(renames, tmp_path, monkeypatc
 
     monkeypatch.setattr(pathlib.Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        place.put(make(tmp_path, "savedmodel", "second"), there, "savedmodel", {})
+        place.put(*make(tmp_path, "savedmodel", "second"), there, "savedmodel", {})
     assert tree(there.parent) == before
 
 
@@ -130,6 +147,12 @@ def test_missing_packages_are_had_from_the_source_tree(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", [{"int8": True}, {"opset": 21}])
+def test_options_of_other_formats_are_refused(option, tmp_path):
+    with pytest.raises(UserError, match=f"--{list(option)[0]} is for --format=onnx"):
+        export.prepare("stablehlo", tmp_path / "bolt", **option)
+
+
 def test_the_program_refuses_a_run_before_it_reads_the_checkpoint(tmp_path):
     run = tmp_path / "run"
     occupy(run, "run")
@@ -142,3 +165,20 @@ def test_the_program_refuses_a_run_before_it_reads_the_checkpoint(tmp_path):
     assert "is a folder that no run.json calls an export" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["run/checkpoints/bolt", "link/14", "run/checkpoints"])
+def test_nothing_is_written_among_checkpoints(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    occupy(tmp_path / "run", "run")
+    (tmp_path / "link").symlink_to("run/checkpoints")
+    before = tree(tmp_path)
+    message = f"--output=.*{output}: nothing else may lie among the checkpoints in .*run"
+    with pytest.raises(UserError, match=message):
+        export.prepare("savedmodel", output)
+    with pytest.raises(UserError, match=message):
+        predictions.prepare(output)
+    assert tree(tmp_path) == before
+    # A folder that is only called so, without any, is anybody's.
+    (tmp_path / "checkpoints").mkdir()
+    export.prepare("savedmodel", "checkpoints/bolt")

@@ -1,6 +1,10 @@
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
+import tifffile
+from absl import logging as absl_logging
 from PIL import Image
 
 from prn_jax import images
@@ -93,7 +97,7 @@ def test_what_is_no_image_is_named(tmp_path):
     with pytest.raises(UserError, match="a.png: not a readable image"):
         images.read_mask(tmp_path / "a.png")
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(UserError, match="f.tif: pixels of Pillow's mode F"):
+    with pytest.raises(UserError, match="f.tif: floating-point pixels"):
         images.read_image(tmp_path / "f.tif")
 
 
@@ -117,3 +121,97 @@ def test_masks_of_any_kind_mark_the_second_pixel(tmp_path, array, ext):
     mask = images.read_mask(tmp_path / f"m.{ext}")
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, [[0, 255]])
+
+
+def _levels(seed: int, channels: int = 1) -> np.ndarray:
+    shape = trees.SIZE if channels == 1 else (*trees.SIZE, channels)
+    return np.random.RandomState(seed).randint(0, 65536, shape).astype(np.uint16)
+
+
+GREY, COLOUR, INKS = _levels(0), _levels(1, 3), _levels(2, 4)
+# What scanners and cameras write: the file's pixels, how it is written, and what is read; of what
+# Pillow misreads or does not read, what is said.
+TIFFS = {
+    "0 is white, 8 bits": (GREY.astype(np.uint8), {"photometric": "miniswhite"}, 255 - GREY % 256),
+    "0 is white": (GREY, {"photometric": "miniswhite"}, 65535 - GREY),
+    "0 is white, tiles": (
+        np.tile(GREY, (3, 3)), {"photometric": "miniswhite", "tile": (16, 16)},
+        65535 - np.tile(GREY, (3, 3)),
+    ),
+    "0 is black, big-endian": (GREY, {"photometric": "minisblack", "byteorder": ">"}, GREY),
+    "colour, big-endian": (COLOUR, {"photometric": "rgb", "byteorder": ">"}, COLOUR),
+    "colour in strips": (COLOUR, {"photometric": "rgb", "rowsperstrip": 5}, COLOUR),
+    "8-bit planes": (
+        (COLOUR % 256).astype(np.uint8).transpose(2, 0, 1),
+        {"photometric": "rgb", "planarconfig": "separate"}, COLOUR % 256,
+    ),
+    "planes": (
+        COLOUR.transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate"},
+        "planes of their own .*interleaved",
+    ),
+    "planes of ink": (
+        INKS.transpose(2, 0, 1), {"photometric": "separated", "planarconfig": "separate"},
+        "planes of their own .*interleaved",
+    ),
+    "float32": (GREY.astype(np.float32), {"photometric": "minisblack"}, "floating-point pixels"),
+    "float64": (GREY.astype(np.float64), {"photometric": "minisblack"}, "no variant of it"),
+    "32-bit colour": (COLOUR.astype(np.uint32), {"photometric": "rgb"}, "no variant of it"),
+    "below 0": (
+        -GREY.astype(np.int32), {"photometric": "minisblack"}, "from -.* do not fit 16 bits"
+    ),
+    "pages": (np.stack([GREY, 65535 - GREY]), {"photometric": "minisblack"}, GREY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("name", list(TIFFS))
+def test_tiffs_are_read_right_or_refused(name, compression, tmp_path):
+    pixels, options, expected = TIFFS[name]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, compression=compression, **options)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=f"^{path}: .*{expected}"):
+            images.read_picture(path)
+        return
+    picture = images.read_picture(path)
+    np.testing.assert_array_equal(picture.levels, expected)
+    assert picture.pages == (2 if name == "pages" else 1)
+    assert images.is_deep(path) == (picture.levels.dtype == np.uint16)
+
+
+@pytest.mark.parametrize("byteorder", "<>")
+def test_inks_of_16_bits_become_the_colours_of_8_bit_ones(tmp_path, byteorder):
+    tifffile.imwrite(tmp_path / "a.tif", INKS, photometric="separated", byteorder=byteorder)
+    expected = Image.fromarray((INKS >> 8).astype(np.uint8), "CMYK").convert("RGB")
+    found = images.read_picture(tmp_path / "a.tif").levels
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    # Eight bits are left of them: they say nothing of a camera's white.
+    assert not images.is_deep(tmp_path / "a.tif")
+
+
+@pytest.fixture
+def said(caplog):
+    """What was said, of what is said once in a process."""
+    absl_logging._log_counter_per_token.clear()
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_prediction_says_once_that_a_white_is_guessed(tmp_path, said):
+    for number, highest in enumerate((900, 4000)):
+        path = tmp_path / f"{number}.png"
+        levels = np.full((4, 4), highest, np.uint16)
+        Image.fromarray(levels).save(path)
+        white = 1023 if highest == 900 else 4095
+        assert (images.read_array(path) == highest * 256 // (white + 1)).all()
+        assert (images.read_array(path, 8191) == highest // 32).all()
+    (line,) = said()
+    assert re.search(f"{tmp_path}/0.png .*level 1023 is taken for white, .*said once", line)
+
+
+def test_prediction_says_once_that_a_file_holds_several_images(tmp_path, said):
+    for name in "ab":
+        pages = np.stack([GREY, GREY]).astype(np.uint8)
+        tifffile.imwrite(tmp_path / f"{name}.tif", pages, photometric="minisblack")
+        images.read_array(tmp_path / f"{name}.tif")
+    (line,) = said()
+    assert re.search(f"{tmp_path}/a.tif holds 2 images: the first is read", line)

@@ -31,10 +31,17 @@ def test_focal_equals_the_formula(batch, alpha, gamma):
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
+def test_dice_equals_the_formula(batch):
+    logits, mask = batch
+    p = 1 / (1 + np.exp(-logits))
+    expected = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+    assert losses.dice(*map(jnp.float32, batch)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_extreme_logits_give_finite_losses_and_gradients():
     logits = jnp.array([[[-1e4, 1e4, -90.0, 90.0]]])
     mask = jnp.array([[[1.0, 0.0, 1.0, 0.0]]])
-    for loss in (losses.smooth_l1, losses.focal):
+    for loss in (losses.smooth_l1, losses.focal, losses.dice):
         value, gradient = jax.value_and_grad(loss)(logits, mask)
         assert np.isfinite(value)
         assert np.all(np.isfinite(gradient))

@@ -185,25 +185,29 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(number, demo_fields, uninter
     draw = random.Random(number)
     arguments = command("demo", tmp_path, **demo_fields)
     step, delay = draw.randrange(2, STEPS - 4), draw.uniform(0.0, 0.4)
-    in_a_save = number % 4 in (0, 3)  # steps save every other time
+    in_a_save = number % 3 == 0  # steps save every other time
+    how = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[number % 4]
 
     def wait():
         time.sleep(delay)
         while in_a_save and not unfinished_saves(tmp_path):
             time.sleep(0.001)
 
-    if number % 2:
-        status, log = interrupt(arguments, step, wait, signal.SIGTERM)
-        assert status == 143, log
+    status, log = interrupt(arguments, step, wait, how)
+    if how != signal.SIGKILL:
+        assert status == 128 + how, log
         assert re.search(r"stopped at step \d+ of 12 and saved; the same command goes on|"
-                         r"terminated; the same command goes on", log)  # fmt: skip
+                         r"(terminat|interrupt)ed; the same command goes on", log)  # fmt: skip
         assert not unfinished_saves(tmp_path)
+        assert "Traceback" not in log
     else:
-        status, log = interrupt(arguments, step, wait, signal.SIGKILL)
         assert status == -signal.SIGKILL, log
         assert unfinished_saves(tmp_path) or not in_a_save
     result = execute(arguments)
     assert result.returncode == 0, result.stderr
+    if "and saved" in log:
+        where = re.search("stopped at step (.*) and saved", log)[1]
+        assert f"resumed from step {where}" in result.stderr
     variables, run = uninterrupted
     assert_equal(final_variables(tmp_path), variables)
     again = json.loads((tmp_path / "gravel/results.json").read_text())
@@ -245,6 +249,27 @@ def test_a_finished_category_is_not_run_again(demo_fields, uninterrupted, tmp_pa
     third = execute(command("demo", tmp_path, **fields | {"seed": 1}))
     assert third.returncode == 1
     assert "seed was 0, is 1" in third.stderr
+
+
+@pytest.mark.slow
+def test_the_same_training_twice_harms_nobody(demo_fields, uninterrupted, tmp_path):
+    arguments, lock = command("demo", tmp_path, **demo_fields), tmp_path / "gravel/.lock"
+    first = start(arguments)
+    # The lock is there before anything is loaded.
+    while not lock.exists() or not lock.read_text():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # However slow the newcomer is.
+    second = execute(arguments)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    (line,) = [x for x in second.stderr.splitlines() if x.startswith("error: ")]
+    said = f"another training works in {tmp_path}/gravel (process {first.pid} on "
+    assert line.startswith(f"error: {said}")
+    assert "Traceback" not in second.stderr
+    statuses, _, logs = finish([first])
+    assert statuses == [0], logs
+    assert_equal(final_variables(tmp_path), uninterrupted[0])
 
 
 # --- several processes and devices ----------------------------------------------------------------

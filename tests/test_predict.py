@@ -15,7 +15,7 @@ def detector(monkeypatch):
 
     def means(model, variables, images, mesh, **_):
         maps = images.mean(-1, dtype=np.float32) / 255
-        return maps, maps.mean(axis=(1, 2))
+        return maps, maps.mean(axis=(1, 2)), maps.max(axis=(1, 2))
 
     monkeypatch.setattr(evaluate, "predict", means)
     config = default.get_config()
@@ -32,6 +32,7 @@ def test_one_image_gives_one_map_and_one_score(detector, tmp_path):
     expected, score = detector(image)
     assert expected.shape == (40, 60)
     assert np.ndim(score) == 0
+    assert detector.inspect(image).score == score < detector.inspect(image).distance
     Image.fromarray(image).save(tmp_path / "a.png")
     path = tmp_path / "a.png"
     with Image.open(path) as opened:

@@ -104,6 +104,15 @@ def test_a_second_call_does_only_what_is_new_and_reads_no_picture_of_the_first(f
     assert fourth.calls == 11
 
 
+def test_tables_of_an_earlier_call_are_not_called_skipped(folder, caplog):
+    predict(folder, folder / "predictions", Stub())
+    (folder / "notes.txt").write_text("mine")
+    predictions.find([str(folder)])
+    (said,) = [x.getMessage() for x in caplog.records if "skipped" in x.getMessage()]
+    assert "notes.txt" in said
+    assert "predictions.csv" not in said
+
+
 def test_pictures_that_were_left_out_are_made_when_asked_for(folder, tmp_path):
     output = tmp_path / "out"
     predict(folder, output, Stub(), pictures=False)

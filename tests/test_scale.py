@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from scipy import stats
 
 from prn_jax import input_pipeline
@@ -87,8 +88,8 @@ def test_twenty_steps_do_not_depend_on_the_devices(
 
 
 def test_twenty_steps_do_not_depend_on_the_hosts(records, prototypes, one, tmp_path):
-    maps = {name: variables["maps"] for name, variables in prototypes.items()}
-    np.savez(tmp_path / "prototypes.npz", **maps)
+    flat = flatten_dict(prototypes, sep=".")
+    np.savez(tmp_path / "prototypes.npz", **flat)
     address = f"127.0.0.1:{free_port()}"
     program = [sys.executable, "-m", "tests.steps", records, tmp_path / "prototypes.npz", address]
     processes = [
@@ -99,8 +100,7 @@ def test_twenty_steps_do_not_depend_on_the_hosts(records, prototypes, one, tmp_p
     assert statuses == [0, 0], logs
     with np.load(tmp_path / "found.npz") as file:
         found = {name: file[name] for name in file.files}
-    own = {name: {"maps": found.pop(name)} for name in prototypes}
-    assert_same_prototypes(own, prototypes)
+    assert_same_prototypes({name: found.pop(name) for name in flat}, flat)
     assert_same_run((found.pop("losses"), found.pop("scores"), found), one)
 
 

@@ -166,10 +166,11 @@ def test_neither_batch_nor_devices_matter_and_the_score_is_the_whole_images():
             np.testing.assert_allclose(b, a, rtol=1e-5)
     np.testing.assert_allclose(scores, evaluate.image_score(jnp.asarray(maps), 100), rtol=1e-6)
     # As exports compute it, for any number of images.
-    graph = jax.jit(lambda x: evaluate.stitched_maps(model, variables, x))
+    graph = jax.jit(lambda x: evaluate.stitched(model, variables, x))
     spec = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *GRID.size, 3), jnp.uint8)
-    exported = jax.export.export(graph)(spec)
-    np.testing.assert_allclose(exported.call(images[:2]), maps[:2], atol=1e-6)
+    found = jax.export.export(graph)(spec).call(images[:2])
+    np.testing.assert_allclose(found[0], maps[:2], atol=1e-6)
+    np.testing.assert_allclose(found[1], distances[:2], rtol=1e-5)
     empty = predict(model, variables, images[:0])
     assert [len(x) for x in empty] == [0, 0, 0]
 
@@ -183,8 +184,9 @@ def test_without_overlap_an_image_is_described_as_it_is_as_a_whole():
     whole = predict(*make(None, roi), images)
     np.testing.assert_allclose(found[2], whole[2], rtol=1e-4)
     assert found[0][:, roi == 0].max() < 1e-12 < found[0][:, roi == 1].min()
-    graph = evaluate.stitched_maps(*make(tiling, roi), jnp.asarray(images))
-    np.testing.assert_allclose(graph, found[0], atol=1e-6)
+    graph = evaluate.stitched(*make(tiling, roi), jnp.asarray(images))
+    np.testing.assert_allclose(graph[0], found[0], atol=1e-6)
+    np.testing.assert_allclose(graph[1], found[2], rtol=1e-5)
     mesh = meshes.create_mesh(jax.devices()[:2])
     model, variables = make(tiling, roi)
     described = evaluate.describe(model, meshes.replicate(mesh, variables), images, mesh, 4)

@@ -4,27 +4,41 @@ import csv
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from ml_collections import ConfigDict
 from PIL import Image
+from sklearn import metrics as skmetrics
 
 import prn_jax
-from configs import demo
-from prn_jax import experiment, export, predict, results
+from configs import folder
+from prn_jax import experiment, explain, input_pipeline, predict, report, results
 from prn_jax.errors import UserError
+from tests import trees
+from tests.processes import start
+from tests.trees import make_mvtec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+PRODUCT = "Würfel [2] 骰子"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A network of two steps, and where it lies."""
-    config = demo.get_config()
+    """A network of two steps, and where it lies: names as people give them."""
+    raw = tmp_path_factory.mktemp("raw [0] *")
+    make_mvtec(raw, PRODUCT, defects={"Riß [1]": 12}, train=6, good=4, size=(64, 64))
+    config = folder.get_config()
+    config.data.manual_dir = str(raw)
+    config.backbone.name = "efficientnet_lite0"
     config.image_size = (64, 64)
     config.attention.layers = 1
     config.backbone.weights = "random"
@@ -36,7 +50,7 @@ def trained(tmp_path_factory):
     # Brackets are a pattern to whoever globs.
     workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
     experiment.train_and_evaluate(config, str(workdir))
-    return workdir / "gravel"
+    return workdir / PRODUCT
 
 
 def execute(script, *arguments):
@@ -57,6 +71,13 @@ def test_prediction_repeats_the_evaluation(trained, caplog):
     assert maps.shape == stored["map"].shape
     np.testing.assert_allclose(maps, stored["map"].astype(np.float32), atol=1e-3)
     np.testing.assert_allclose(scores, [x["score"] for x in run["test"]], atol=1e-5)
+    np.testing.assert_allclose(
+        detector.inspect(stored["image"]).distance, [x["distance"] for x in run["test"]], rtol=1e-4
+    )
+    normals = explain.read(trained)
+    nearest = [id_ for id_, _ in explain.explain(detector, normals, list(stored["image"]))]
+    assert nearest == [x["nearest"] for x in run["test"]]
+    assert set(nearest) <= set(normals.id)
     # Any sizes, and grey: each map at its image's own size.
     image = stored["image"][0]
     images = [image, image[..., 0], np.zeros((70, 130, 3), np.uint8)]
@@ -92,7 +113,9 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     Image.fromarray(image[:40]).save(folder / "turned.jpg", exif=exif)
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:500])
     output = tmp_path / "out"
-    result = execute("predict", f"--checkpoint={trained}", f"--output={output}", folder)
+    result = execute(
+        "predict", f"--checkpoint={trained}", f"--output={output}", "--explain", folder
+    )
     assert result.returncode == 1
     assert "cut.png: not a readable image" in result.stderr
     assert "Traceback" not in result.stderr
@@ -117,35 +140,95 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     assert sizes == {
         f"{stem}_{kind}.png": size
         for stem, size in (("a", (64, 64)), ("deeper/a", (90, 50)), ("turned", (40, 64)))
-        for kind in ("heat", "overlay")
-    }
+        for kind in ("heat", "mask", "overlay")
+    } | {name: size for name, size in sizes.items() if name.endswith("_why.png")}
+    assert sum(name.endswith("_why.png") for name in sizes) == sum(
+        bool(row["nearest"]) for row in rows.values()
+    )
     result = execute("predict", f"--checkpoint={trained}", tmp_path / "nothing*")
     assert result.returncode == 1
     assert "nothing*: there are no images" in result.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", export.FORMATS)
-def test_an_export_runs_without_us_and_computes_the_same(trained, tmp_path, kind):
-    if kind == "onnx":
-        pytest.importorskip("jax2onnx", reason="not installed: pip install -e '.[export]'")
-    detector = prn_jax.load(trained)
-    images = results.read_predictions(trained)["image"][:5]
-    checked = export.export(detector, kind, tmp_path / "made", images)
-    assert checked.images == 5
-    assert checked.map_difference <= 1e-4
-    assert checked.score_difference <= 1e-4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "made.json"]
+def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
+    stored, run = results.read_predictions(trained), results.read_run(trained)
+    config = ConfigDict(run["config"]).unlock()
+    config.image_size = tuple(config.image_size)
+    seen = input_pipeline.load_category(config, PRODUCT).seen.image
+    for number, (image, row) in enumerate(zip(stored["image"], run["test"])):
+        folder = "good" if row["defect"] == "good" else "Ü 划痕"
+        trees.save(tmp_path / f"day/test/{folder}/{number:03d}.png", image)
+        if row["defect"] != "good":
+            mask = stored["mask"][number] * np.uint8(255)
+            trees.save(tmp_path / f"day/ground_truth/{folder}/{number:03d}.png", mask)
+    trees.save(tmp_path / "day/test/Ü 划痕/renamed.png", seen[0])
+    output = tmp_path / "out"
+    result = execute("evaluate", f"--checkpoint={trained}", f"--images={tmp_path}/day",
+                     f"--output={output}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    left_out = f"1 of {len(stored['image']) + 1} images were trained on and are left out"
+    assert f"{left_out}: test/Ü 划痕/renamed" in result.stderr
+    found = json.loads((output / "evaluation.json").read_text())
+    scores = np.array([row["score"] for row in found["images"]])
+    truth = np.array([row["defect"] != "good" for row in found["images"]])
+    before = [row["score"] for row in run["test"]]
+    np.testing.assert_allclose(np.sort(scores), np.sort(before), atol=1e-5)
+    expected = skmetrics.roc_auc_score(truth, scores)
+    assert found["metrics"]["image_auroc"] == pytest.approx(expected, abs=1e-9)
+    at, called = found["thresholds"]["stored"], scores >= run["thresholds"]["image"]
+    assert at["recall"] == pytest.approx(skmetrics.recall_score(truth, called))
+    assert at["false_alarms"] == pytest.approx(called[~truth].mean())
+    assert at["precision"] == pytest.approx(skmetrics.precision_score(truth, called))
+    assert result.stdout == (output / "evaluation.md").read_text()
+    with Image.open(output / "evaluation.png") as sheet:
+        assert sheet.width > 300
+    # Of its own data what was held out.
+    result = execute("evaluate", f"--checkpoint={trained}", "--split=train", f"--output={output}")
+    assert result.returncode == 0, result.stderr
+    assert "5 of 6 images were trained on and are left out" in result.stderr
+    found = json.loads((output / "evaluation.json").read_text())
+    assert [row["id"] for row in found["images"]] == run["split"]["held"]
 
 
 @pytest.mark.slow
-def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
-    wrong = export._RUN.replace("map=maps,", "map=maps + 0.01,")
-    monkeypatch.setattr(export, "_RUN", wrong)
-    images = results.read_predictions(trained)["image"][:2]
-    with pytest.raises(UserError, match="differs from the checkpoint by 0.01"):
-        export.export(prn_jax.load(trained), "stablehlo", tmp_path / "made", images)
-    assert not list(tmp_path.iterdir())
+def test_ctrl_c_keeps_what_was_predicted_and_the_same_command_goes_on(trained, tmp_path):
+    image = results.read_predictions(trained)["image"][0]
+    for number in range(300):
+        Image.fromarray(np.roll(image, number, axis=1)).save(tmp_path / f"{number:03d}.png")
+    arguments = ["predict", f"--checkpoint={trained}", f"--output={tmp_path}/out", "--nopictures",
+                 "--batch_size=1", tmp_path]  # fmt: skip
+    process = start([sys.executable, f"launch/{arguments[0]}.py", *map(str, arguments[1:])])
+    table = tmp_path / "out/predictions.csv"
+
+    def rows():
+        with table.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    while not table.exists() or len(rows()) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 130, log
+    assert log.splitlines()[-1] == (
+        "interrupted; the same command goes on with the images that are left"
+    )
+    assert "Traceback" not in log
+    kept = rows()
+    assert 3 <= len(kept) < 300
+    result = execute(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(kept)} of 300 images were done before" in result.stderr
+    assert len(rows()) == 300
+    assert rows()[: len(kept)] == kept
+
+
+@pytest.mark.slow
+def test_the_report_is_of_any_product(trained, tmp_path):
+    report.write_report(trained.parent, tmp_path / "report.html")
+    assert PRODUCT in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"| {PRODUCT} |" in (trained.parent / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ def all_categories(
         if recorded:
             error = UserError(f"{error} ({hint}: there are {', '.join(recorded)})")
         raise error
+    builder.look_for_slips(manual_dir)
     left_out = [category for category in builder.counts if category not in found]
     if left_out:
         logging.warning("not in %s, left out: %s", shown(manual_dir), ", ".join(left_out))
@@ -111,6 +112,7 @@ def _known(
     if not known:
         raise builder.nothing_found(manual_dir)
     if category not in known:
+        builder.look_for_slips(manual_dir, category)
         raise UserError(f"no category {category!r} in {name}; {_nearest(category, known)}")
     return builder
 

@@ -136,6 +136,10 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     @classmethod
+    def look_for_slips(cls, manual_dir: str | os.PathLike, category: str = "") -> None:
+        """Raises `UserError` where a folder, of the category or of any, is likely misnamed."""
+
+    @classmethod
     def _where_from(cls, problem: str) -> UserError:
         return UserError(
             f"{problem}; download {cls.title} ({cls.licence}) from {cls.page}, unpack it and set "

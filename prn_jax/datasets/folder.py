@@ -16,8 +16,9 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
     """`<product>/train/good`, `test/good`, `test/<defect>`, `ground_truth/<defect>/<stem>[_mask]`.
 
     Each product is a category; `data.manual_dir` holds the products' folders, or is one itself.
-    PNG, JPEG, BMP and TIFF may be mixed, a mask's type needn't be its image's. Normal images need
-    no masks; there may be no defects, and no test images at all.
+    Whatever Pillow reads (`images.extensions`) may be mixed, in sub-folders too; a mask's type
+    needn't be its image's. Normal images need no masks, nor do defects, which then are not drawn as
+    seen ones; there may be no defects, and no test images at all.
     """
 
     name = "folder"
@@ -33,8 +34,7 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         root = pathlib.Path(manual_dir).expanduser().resolve()
         if _is_product(root):
             return {root.name: root}
-        folders = sorted(root.iterdir()) if root.is_dir() else ()
-        return {path.name: path for path in folders if _is_product(path)}
+        return {path.name: path for path in layout.out_of_place(root, ()) if _is_product(path)}
 
     @classmethod
     def categories(cls, manual_dir: str | os.PathLike) -> list[str]:
@@ -85,6 +85,19 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         return cls._missing(manual_dir, "")
 
     @classmethod
+    def look_for_slips(cls, manual_dir: str | os.PathLike, category: str = "") -> None:
+        """Raises `UserError` where a product's folder of normal images is called otherwise."""
+        root = pathlib.Path(manual_dir).expanduser()
+        products = [root / category] if category else layout.out_of_place(root, ())
+        for product in (root, *products):
+            for path in () if _is_product(product) else layout.out_of_place(product / "train", ()):
+                if path.is_dir() and layout.is_normal(path.name):
+                    raise UserError(
+                        f"{shown(path)}: is this the folder of normal images? rename it "
+                        f"{shown(path.with_name(layout.GOOD))}"
+                    )
+
+    @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
         root = pathlib.Path(manual_dir).expanduser()
         product = category or "<product>"
@@ -92,16 +105,10 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
             return UserError(
                 f"folder: no folder {shown(root)}; set data.manual_dir to your images' folder"
             )
-        products = [root / category] if category else sorted(root.iterdir())
-        train = [x / "train" for x in (root, *products) if (x / "train").is_dir()]
-        for path in (path for x in train for path in sorted(x.iterdir())):
-            if path.is_dir() and layout.is_normal(path.name):
-                return UserError(
-                    f"{shown(path)}: is this the folder of normal images? rename it "
-                    f"{shown(path.with_name(layout.GOOD))}"
-                )
+        cls.look_for_slips(manual_dir, category)
         return UserError(
-            f"folder: neither {root}/train/good nor {root}/{product}/train/good is there; put the "
+            f"folder: neither {shown(root / 'train/good')} nor "
+            f"{shown(root / product / 'train/good')} is there; put the "
             f"normal images there or set data.manual_dir (the layout is in {cls.page})"
         )
 

@@ -64,7 +64,10 @@ def list_images(
 
 def out_of_place(folder: pathlib.Path, known: Iterable[str]) -> list[pathlib.Path]:
     """What lies right in a folder of folders, but those that are known."""
-    return sorted(x for x in folder.iterdir() if x.name not in known) if folder.is_dir() else []
+    try:
+        return sorted(x for x in folder.iterdir() if x.name not in known) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from error
 
 
 def pair_masks(
@@ -148,8 +151,7 @@ def scan_folders(
     names = {
         path.name
         for part in parts[1:]
-        if (folder / part).is_dir()
-        for path in (folder / part).iterdir()
+        for path in out_of_place(folder / part, ())
         if path.is_dir() and images.why_skipped(path) == "a folder"
     }
     for part in parts[1:]:
@@ -160,11 +162,13 @@ def scan_folders(
     }
     for name, (found, masks) in listed.items():
         _check_names(folder, name, normal, found, masks, suffixes)
-        alike = [x for x in names if x != name and x.lower() == name.lower() and listed[x][0]]
+        free = {x.lower(): x for x, (images_, own) in listed.items() if images_ and not own}
+        alike = difflib.get_close_matches(name.lower(), free.keys() - {normal}, n=1)
         if masks and not found and alike:
+            meant = free[alike[0]]
             raise UserError(
-                f"{shown(folder / 'ground_truth' / name)}: did you mean {shown(alike[0])}, the "
-                f"masks of {shown(folder / 'test' / alike[0])}? rename it"
+                f"{shown(folder / 'ground_truth' / name)}: did you mean {shown(meant)}, the "
+                f"masks of {shown(folder / 'test' / meant)}? rename it"
             )
         paired = pair_masks(found, masks, suffixes)
         for stem, path in found.items():

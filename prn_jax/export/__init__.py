@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from prn_jax import images, results
+from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError
 from prn_jax.export import check, graph, onnx, openvino, place, savedmodel, stablehlo
 from prn_jax.predict import Detector
@@ -29,7 +30,8 @@ FORMATS: dict[str, ModuleType] = {
     "onnx": onnx,
     "openvino": openvino,
 }
-FROM_ONNX = ("onnx", "openvino")  # they have an opset, and 8-bit convolutions
+# Formats that have an option. OpenVINO 2026.4 does not read the 8-bit model.
+_WITH = {"int8": ("onnx",), "opset": ("onnx", "openvino")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Checked:
       images: compared.
       map_difference: largest, of any pixel.
       score_difference: largest.
+      distance_difference: largest; relative where the distance is above 1.
       verdicts: how many differ at the checkpoint's threshold; None where it has none.
       images_per_s: of the export, in its own runtime, after its first batch.
       checkpoint_images_per_s: of the checkpoint through JAX at the network's size, likewise.
@@ -49,6 +52,7 @@ class Checked:
     images: int
     map_difference: float
     score_difference: float
+    distance_difference: float
     verdicts: int | None
     images_per_s: float
     checkpoint_images_per_s: float
@@ -116,8 +120,10 @@ def export(
             of = "the same network without its resize"
         found = check.run(kind, runtime, made, files, batch)
         check.require_same(kind, found, expected, of)
-        threshold = (detector.thresholds or {}).get("image")
-        check.write_golden(golden, files, found, threshold)
+        chosen = detector.thresholds or {}
+        threshold = chosen.get("image")
+        limits = {"score": threshold, "distance": chosen.get("distance")}
+        check.write_golden(golden, files, found, limits)
         place.put(made, golden, path, kind, about | {"judged": figures})
     verdicts = None
     if threshold is not None:
@@ -137,13 +143,14 @@ def prepare(
       `path`, absolute.
 
     Raises:
-      UserError: something else lies at `path`, it cannot be written to, a package is missing, or
-        the format has no such option.
+      UserError: something else lies at `path`, it is among a run's checkpoints or cannot be
+        written to, a package is missing, or the format has no such option.
     """
     for name, given in (("int8", int8), ("opset", opset is not None)):
-        if given and kind not in FROM_ONNX:
-            raise UserError(f"--{name} is for --format={' or '.join(FROM_ONNX)}, not for {kind}")
+        if given and kind not in _WITH[name]:
+            raise UserError(f"--{name} is for --format={' or '.join(_WITH[name])}, not for {kind}")
     path = place.resolve(path)
+    check_outside(path, "--output")
     place.check(path, kind)
     with place.staged(path):
         pass
@@ -172,7 +179,8 @@ def _about(
                   "shape": [batch_size or "any", *(given or size), 3],
                   "white_level_of_files": detector.white_level or 255},
         "network_size": size,
-        "outputs": {"map": ["float32", "any", *size], "score": ["float32", "any"]},
+        "outputs": {"map": ["float32", "any", *size], "score": ["float32", "any"],
+                    "distance": ["float32", "any"]},
         "rounded": None if exact else "8-bit convolutions" if int8 else "float16 weights",
         "thresholds": detector.thresholds,
         "git": provenance["git"],

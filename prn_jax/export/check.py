@@ -51,32 +51,39 @@ count = len(names)
 names = [names[i % count] for i in range(-(-count // size) * size)]
 parts = [names[i : i + size] for i in range(0, len(names), size)]
 once(parts[0])
-maps, scores, seconds = zip(*map(once, parts))
+*found, seconds = zip(*map(once, parts))
 assert "prn_jax" not in sys.modules
-np.savez(
-    output, map=np.concatenate(maps)[:count], score=np.concatenate(scores)[:count],
-    images_per_s=len(names) / sum(seconds),
-)
+found = {str(i): np.concatenate(x)[:count] for i, x in enumerate(found)}
+np.savez(output, **found, images_per_s=len(names) / sum(seconds))
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a runtime gave: maps, float32 [n, h, w], scores, float32 [n], and its speed."""
+    """What a runtime gave: maps, float32 [n, h, w], scores and distances, [n], and its speed."""
 
     maps: np.ndarray
     scores: np.ndarray
+    distances: np.ndarray
     images_per_s: float
 
-    def differences(self, other: "Results") -> tuple[float, float]:
-        """The largest of any pixel, and of any score; infinite where shapes differ."""
-        pairs = ((self.maps, other.maps), (self.scores, other.scores))
+    def differences(self, other: "Results") -> tuple[float, float, float]:
+        """The largest of any pixel, score and distance; infinite where shapes differ.
+
+        That of distances, which are as large as the images are strange, is relative where above 1.
+        """
+        near = np.maximum(1.0, np.abs(other.distances))
+        pairs = (
+            (self.maps, other.maps),
+            (self.scores, other.scores),
+            (self.distances / near, other.distances / near),
+        )
         return tuple(float(np.abs(a - b).max()) if a.shape == b.shape else np.inf for a, b in pairs)
 
     def split(self, count: int) -> tuple["Results", "Results"]:
         """Of the first `count` images, and of the others."""
         return tuple(
-            Results(self.maps[x], self.scores[x], self.images_per_s)
+            Results(self.maps[x], self.scores[x], self.distances[x], self.images_per_s)
             for x in (slice(count), slice(count, None))
         )
 
@@ -209,7 +216,7 @@ def run(kind: str, runtime: ModuleType, path: pathlib.Path, files: Sequence[byte
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"the {kind} export does not run in its own runtime: {last}")
         with np.load(found) as stored:
-            return Results(stored["map"], stored["score"], float(stored["images_per_s"]))
+            return Results(*(stored[x] for x in "012"), float(stored["images_per_s"]))
 
 
 def run_checkpoint(compute: Callable, pixels: Sequence[np.ndarray], batch: int) -> Results:
@@ -221,8 +228,8 @@ def run_checkpoint(compute: Callable, pixels: Sequence[np.ndarray], batch: int) 
     began = time.perf_counter()
     found = [[np.asarray(x) for x in step(part)] for part in parts]
     seconds = time.perf_counter() - began
-    maps, scores = (np.concatenate(x)[: len(pixels)] for x in zip(*found))
-    return Results(maps, scores, len(stacked) / seconds)
+    found = (np.concatenate(x)[: len(pixels)] for x in zip(*found))
+    return Results(*found, len(stacked) / seconds)
 
 
 def shrunk(graph: Graph, files: Sequence[bytes]) -> list[np.ndarray]:
@@ -283,12 +290,21 @@ def describe(figures: dict[str, tuple[float, float]]) -> str:
 
 
 def write_golden(
-    folder: pathlib.Path, files: Sequence[bytes], found: Results, threshold: float | None
+    folder: pathlib.Path,
+    files: Sequence[bytes],
+    found: Results,
+    thresholds: dict[str, float | None],
 ) -> None:
     """Writes images and what the export makes of them, for integration in another language.
 
     The images of the lowest, the middle and the highest score: `0.png`, RGB at the size that the
-    export takes; `0.npy`, its map; `expected.json`, scores and verdicts.
+    export takes; `0.npy`, its map; `expected.json`, scores, distances and verdicts.
+
+    Args:
+      folder: is made.
+      files: PNG or JPEG.
+      found: of them.
+      thresholds: of the `score` and the `distance`, from which there is an alarm; None: no verdict.
     """
     folder.mkdir()
     order = np.argsort(found.scores, kind="stable")
@@ -297,9 +313,12 @@ def write_golden(
     for i, number in enumerate(order[chosen]):
         (folder / f"{i}.png").write_bytes(images.encode_png(images.decode(files[number])))
         np.save(folder / f"{i}.npy", found.maps[number].astype(np.float32))
-        score = float(found.scores[number])
-        rows.append({"image": f"{i}.png", "map": f"{i}.npy", "score": score})
-        if threshold is not None:
-            rows[-1]["verdict"] = "anomalous" if score >= threshold else "normal"
-    expected = {"tolerance": TOLERANCE, "threshold": threshold, "images": rows}
+        score, distance = float(found.scores[number]), float(found.distances[number])
+        row = {"image": f"{i}.png", "map": f"{i}.npy", "score": score, "distance": distance}
+        if thresholds["score"] is not None:
+            row["verdict"] = "anomalous" if score >= thresholds["score"] else "normal"
+        if thresholds["distance"] is not None:
+            row["unfamiliar"] = "yes" if distance >= thresholds["distance"] else "no"
+        rows.append(row)
+    expected = {"tolerance": TOLERANCE, "thresholds": thresholds, "images": rows}
     (folder / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What is exported: the resize, the network and the score, as functions of a batch of images."""
+"""What is exported: the resize, the network, score and distance, as functions of images."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from prn_jax.export import resize
 from prn_jax.predict import Detector
 
 Size = tuple[int, int]
+OUTPUTS = ("map", "score", "distance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Graph:
     """A trained network for other runtimes; float32 throughout.
 
     Attributes:
-      compute_map: uint8 [b, *size, 3] -> maps, float32 [b, *size] in [0, 1].
+      inspect: uint8 [b, *size, 3] -> maps, float32 [b, *size] in [0, 1], and distances of the whole
+        images from normal ones, float32 [b].
       size: (height, width) of the network, or of the whole that its tiles are laid to.
       given: (height, width) of the images that the export takes.
       batch: images that it takes at a time; 0: any number.
@@ -30,7 +32,7 @@ class Graph:
       calibration: uint8 [n, *size, 3], by which an integer network is made; None: none is.
     """
 
-    compute_map: Callable[[jax.Array], jax.Array]
+    inspect: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
     size: Size
     given: Size
     batch: int
@@ -39,10 +41,10 @@ class Graph:
     opset: int | None = None
     calibration: np.ndarray | None = None
 
-    def compute(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps and scores of images at the network's size."""
-        maps = self.compute_map(image)
-        return maps, evaluate.image_score(maps, self.score_pixels)
+    def compute(self, image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`OUTPUTS` of images at the network's size."""
+        maps, distances = self.inspect(image)
+        return maps, evaluate.image_score(maps, self.score_pixels), distances
 
     def resize(self, image: jax.Array) -> jax.Array:
         """Images at the camera's size -> at the network's."""
@@ -72,10 +74,10 @@ def make(
     model = detector.model.clone(dtype=jnp.float32)
     variables = jax.tree.map(jnp.asarray, jax.device_get(detector.variables))
 
-    def compute_map(image):
-        return evaluate.stitched_maps(model, variables, image)
+    def inspect(image):
+        return evaluate.stitched(model, variables, image)
 
     return Graph(
-        compute_map, size, given or size, batch, detector.config.score_pixels, about, opset,
+        inspect, size, given or size, batch, detector.config.score_pixels, about, opset,
         calibration,
     )  # fmt: skip

@@ -4,12 +4,13 @@ import contextlib
 import json
 import logging
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 
 from prn_jax.errors import UserError
-from prn_jax.export.graph import Graph
+from prn_jax.export.graph import OUTPUTS, Graph
 
 NEEDS = ("jax2onnx", "onnxruntime")
 IS_EXACT = True  # without calibration
@@ -18,9 +19,8 @@ import onnxruntime
 onnxruntime.set_default_logger_severity(3)
 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 def run(image):
-    return session.run(["map", "score"], {"image": image})
+    return session.run(["map", "score", "distance"], {"image": image})
 """
-_OUTPUTS = ["map", "score"]
 
 
 def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -> None:
@@ -36,7 +36,7 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
     """
     import onnx
 
-    model = _convert(graph, graph.compute, graph.size, _OUTPUTS)
+    model = _convert(graph, graph.compute, graph.size, OUTPUTS)
     if graph.calibration is not None:
         model = _quantised(model, graph.calibration)
     if alone:
@@ -50,16 +50,16 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
 
 
 def _convert(graph: Graph, function, size, outputs):
-    import jax2onnx
+    with _quiet():
+        import jax2onnx
 
-    with _quiet("onnx_ir.serde"):  # one warning for each of 220 values without a type
         try:
-            return jax2onnx.to_onnx(
+            model = jax2onnx.to_onnx(
                 function,
                 [graph.spec(size)],
                 model_name="prn",
                 input_names=["image"],
-                output_names=outputs,
+                output_names=list(outputs),
                 **({} if graph.opset is None else {"opset": graph.opset}),
             )
         except (NotImplementedError, ValueError) as error:
@@ -67,6 +67,9 @@ def _convert(graph: Graph, function, size, outputs):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"--opset={graph.opset}: jax2onnx cannot write it: {reason}") from error
+    # Shapes between nodes are those before jax2onnx moved the channels: runtimes find their own.
+    del model.graph.value_info[:]
+    return model
 
 
 def _after(first, second):
@@ -94,8 +97,6 @@ def _quantised(model, images: np.ndarray):
     Weights have 7 bits: on a CPU without VNNI's instructions the sums of 8 bits would saturate, and
     what was accepted here would not hold there.
     """
-    import tempfile
-
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -108,7 +109,7 @@ def _quantised(model, images: np.ndarray):
             image = next(self._left, None)
             return None if image is None else {"image": image}
 
-    with tempfile.TemporaryDirectory() as folder, _quiet(""):
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         given, prepared, made = (str(pathlib.Path(folder) / x) for x in ("given", "ready", "made"))
         onnx.save(model, given)
         quant_pre_process(given, prepared, skip_symbolic_shape=True)
@@ -118,6 +119,8 @@ def _quantised(model, images: np.ndarray):
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv"],
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
             per_channel=True,
             reduce_range=True,
         )
@@ -125,11 +128,11 @@ def _quantised(model, images: np.ndarray):
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """Without what the converters log: their progress, and 220 values that have no type."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)

@@ -20,7 +20,7 @@ compiled = openvino.Core().compile_model(
 )
 def run(image):
     found = compiled(image)
-    return found["map"], found["score"]
+    return found["map"], found["score"], found["distance"]
 """
 
 
@@ -43,7 +43,8 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
         for source, target in ((file, path), (file_alone, alone)):
             if target is None:
                 continue
-            model = openvino.convert_model(str(source))
+            # Not `convert_model`, which reports its use to a server.
+            model = openvino.Core().read_model(str(source))
             for name, value in graph.about.items():
                 text = value if isinstance(value, str) else json.dumps(value)
                 model.set_rt_info(text, ["prn_jax", name])

@@ -1,6 +1,6 @@
 """The resize that training uses, `images.resize`, as part of an exported graph.
 
-Pillow's bilinear resize works in whole numbers: along one side, then along the other, each pixel of
+Pillow's bilinear resize works in whole numbers: along the width, then the height, each pixel of
 the result is a weighted sum of levels, the weights in units of 2^-22, rounded to a level. Here each
 weight is split into two parts of 11 bits, so that all factors and sums of the matrix products are
 exact in float32 (the factors even in TF32 and float16): every runtime gives Pillow's levels to the
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from prn_jax import images
 from prn_jax.errors import UserError
 
 _BITS = 22  # of Pillow's weights
@@ -27,12 +26,8 @@ def resize(image: UInt8[Array, "b h w 3"], size: tuple[int, int]) -> UInt8[Array
     """Brings images to `size`, (height, width), in a graph; equals `images.resize` to the bit."""
     if image.shape[1:3] == tuple(size):
         return image
-    if _height_first(image.shape[1:3], size):
-        x = _resize_last(jnp.transpose(image, (0, 3, 2, 1)), size[0])
-        x = _resize_last(jnp.swapaxes(x, 2, 3), size[1])
-    else:
-        x = _resize_last(jnp.transpose(image, (0, 3, 1, 2)), size[1])
-        x = jnp.swapaxes(_resize_last(jnp.swapaxes(x, 2, 3), size[0]), 2, 3)
+    x = _resize_last(jnp.transpose(image, (0, 3, 1, 2)), size[1])
+    x = jnp.swapaxes(_resize_last(jnp.swapaxes(x, 2, 3), size[0]), 2, 3)
     return jnp.transpose(x, (0, 2, 3, 1)).astype(jnp.uint8)
 
 
@@ -77,13 +72,6 @@ def weights(source: int, target: int) -> np.ndarray:
             total += value
         found[i, first:last] = (triangle / total * 2**_BITS + 0.5).astype(np.int64)
     return found
-
-
-def _height_first(given: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Which side Pillow resizes first: from version 13 on it goes by the sizes, so it is asked."""
-    noise = np.random.default_rng(0).integers(0, 256, given).astype(np.uint8)
-    once = images.resize(noise, size)
-    return not np.array_equal(once, images.resize(images.resize(noise, (given[0], size[1])), size))
 
 
 def _split(whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ model = tf.saved_model.load(path)
 serve = model.signatures["serving_default"]
 def run(image):
     found = serve(image=tf.constant(image))
-    return found["map"], found["score"]
+    return found["map"], found["score"], found["distance"]
 """
 # TensorFlow's copy of StableHLO is older than JAX's: what twelve weeks ago was current.
 _TENSORFLOW_AGE = "WEEK_12"
@@ -29,11 +29,11 @@ def write(graph: Graph, path: pathlib.Path) -> None:
     from jaxlib.mlir.dialects import stablehlo
     from tensorflow.compiler.tf2xla.python import xla
 
-    def compute_map(image):
-        return graph.compute_map(graph.resize(image))
+    def inspect(image):
+        return graph.inspect(graph.resize(image))
 
     spec = graph.spec(graph.given)
-    exported = jax.export.export(jax.jit(compute_map), platforms=("cpu", "cuda"))(spec)
+    exported = jax.export.export(jax.jit(inspect), platforms=("cpu", "cuda"))(spec)
     # jax2tf would write the current StableHLO, which TensorFlow cannot read yet.
     age = getattr(stablehlo.StablehloCompatibilityRequirement, _TENSORFLOW_AGE)
     version = stablehlo.get_version_from_compatibility_requirement(age)
@@ -46,17 +46,18 @@ def write(graph: Graph, path: pathlib.Path) -> None:
     class Module(tf.Module):
         @tf.function(input_signature=signature, autograph=False)
         def __call__(self, image):
-            (maps,) = xla.call_module(
+            maps, distances = xla.call_module(
                 [image],
                 version=exported.calling_convention_version,
                 module=program,
-                Sout=[tf.TensorShape([count, height, width])],
-                Tout=[tf.float32],
+                Sout=[tf.TensorShape([count, height, width]), tf.TensorShape([count])],
+                Tout=[tf.float32, tf.float32],
                 platforms=["CPU", "CUDA"],
             )
             # In TensorFlow's ops: its XLA knows no top k of a batch of any size.
             best = tf.math.top_k(tf.reshape(maps, [-1, height * width]), top).values
-            return {"map": maps, "score": tf.reduce_mean(best, axis=1)}
+            scores = tf.reduce_mean(best, axis=1)
+            return {"map": maps, "score": scores, "distance": distances}
 
     module = Module()
     with tempfile.TemporaryDirectory() as folder:

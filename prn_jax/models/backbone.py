@@ -106,7 +106,8 @@ class Conv(nn.Module):
         strides = (self.stride, self.stride)
         padding = [(self.size // 2, self.size // 2)] * 2
         if self.tf_padding:
-            padding = lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME")
+            pads = lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME")
+            padding = [(int(low), int(high)) for low, high in pads]  # older JAX has NumPy's
         if self.depthwise:
             return depthwise_conv(x, kernel, self.stride, padding) + bias
         layout = ("NHWC", "HWIO", "NHWC")

@@ -3,7 +3,8 @@
     prn-jax export --checkpoint=runs/mvtec/bottle --format=onnx --output=bottle.onnx \
         --input_size=2048,2448
 
-Input `image`, uint8 [b, h, w, 3]; outputs `map`, float32 [b, h, w], and `score`, float32 [b].
+Input `image`, uint8 [b, h, w, 3]; outputs `map`, float32 [b, h, w], `score` and `distance`,
+float32 [b].
 """
 
 import pathlib
@@ -23,7 +24,7 @@ INPUT_SIZE = flags.DEFINE_list(
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images that it takes; 0: any number.", 0)
 OPSET = flags.DEFINE_integer("opset", None, "Of ONNX; default: what jax2onnx writes.", 1)
-INT8 = flags.DEFINE_bool("int8", False, "8-bit convolutions, of onnx and openvino.")
+INT8 = flags.DEFINE_bool("int8", False, "8-bit convolutions, of onnx.")
 IMAGES = flags.DEFINE_string(
     "images", "", "Folder of images to compare on; default: the test images of the training."
 )
@@ -81,7 +82,8 @@ def _described(checked) -> str:
         what = "equals the checkpoint"
     return (
         f"{what} on {checked.images} images (maps within {checked.map_difference:.1e}, scores "
-        f"within {checked.score_difference:.1e}{verdicts}); {checked.images_per_s:.1f} images/s, "
+        f"within {checked.score_difference:.1e}, distances within {checked.distance_difference:.1e}"
+        f"{verdicts}); {checked.images_per_s:.1f} images/s, "
         f"the checkpoint {checked.checkpoint_images_per_s:.1f}"
     )
 

@@ -14,76 +14,42 @@ import time
 from absl import flags
 
 from prn_jax import program
+from prn_jax.programs import verdicts
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "<workdir>/<category> of a training.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 OUTPUT = flags.DEFINE_string("output", "predictions", "Folder of what is written.")
-THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "Score from which an image is anomalous; default: the checkpoint's."
-)
-FALSE_ALARMS = flags.DEFINE_float(
-    "max_false_alarms", None, "Or: the share of normal images that may be called anomalous (0.01)."
-)
-COST_OF_MISS = flags.DEFINE_float(
-    "cost_of_miss", None, "Or: the least cost on the test images; of an anomalous one that passes,"
-)
-COST_OF_FALSE_ALARM = flags.DEFINE_float(
-    "cost_of_false_alarm", None, "and of a normal one that is called anomalous."
-)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time.", lower_bound=1)
+SHARD = flags.DEFINE_string(
+    "shard", "", "2/8: the second of eight parts, as of a job array; the last to end joins them."
+)
 PICTURES = flags.DEFINE_bool("pictures", True, "Write heat maps, overlays and masks.")
-PIXEL_THRESHOLD = flags.DEFINE_float(
-    "pixel_threshold", None, "Value from which a pixel is anomalous; default: the checkpoint's."
-)
-MIN_AREA = flags.DEFINE_integer(
-    "min_area", 1, "Pixels of an image that an anomalous region has at least.", lower_bound=1
-)
 MAPS = flags.DEFINE_enum(
     "maps", "", ["", "tiff", "npy"], "Write the maps themselves, float32, at the image's own size."
 )
 EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Beside each alarm show the normal training image that is most like it."
 )
+flags.adopt_module_key_flags(verdicts)
 flags.mark_flags_as_required(["checkpoint"])
 
 
 def main(patterns: list[str]) -> None:
     """Predicts, and says what was found."""
-    from absl import logging
-
-    from prn_jax import explain, mesh, predict, predictions, thresholds
-    from prn_jax.tables import Asked
+    from prn_jax import explain, mesh, predict, predictions, shards
 
     names = predictions.find(patterns)
-    output = predictions.prepare(OUTPUT.value)
+    folder = OUTPUT.value
+    if SHARD.value:
+        number, count = shards.parse(SHARD.value)
+        names, folder = shards.select(names, number, count), shards.folder(folder, number, count)
+        shards.begin(folder)
+    output = predictions.prepare(folder)
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)
     normals = explain.read(CHECKPOINT.value) if EXPLAIN.value else None
-    basis = thresholds.select(
-        detector.thresholds,
-        threshold=THRESHOLD.value,
-        max_false_alarms=FALSE_ALARMS.value,
-        cost_of_miss=COST_OF_MISS.value,
-        cost_of_false_alarm=COST_OF_FALSE_ALARM.value,
-    )
-    if basis is None:
-        logging.warning("the checkpoint has no threshold: no verdicts; give --threshold")
-    else:
-        logging.info("threshold %.4f: %s", basis["value"], thresholds.explain(basis))
-    whole = thresholds.select_distance(detector.thresholds, FALSE_ALARMS.value)
-    if whole is not None:
-        logging.info("unfamiliar from %.2f: %s", whole["value"], thresholds.explain(whole))
-    pixel = PIXEL_THRESHOLD.value
-    if pixel is None and detector.thresholds:
-        pixel = detector.thresholds["pixel"]
-    asked = Asked(
-        threshold=basis and basis["value"],
-        pixel_threshold=pixel,
-        distance=whole and whole["value"],
-        min_area=MIN_AREA.value,
-        pictures=PICTURES.value,
-        maps=MAPS.value,
-        explain=EXPLAIN.value,
+    asked = verdicts.asked(
+        detector, pictures=PICTURES.value, maps=MAPS.value, explain=EXPLAIN.value
     )
     began = time.monotonic()
     rows = predictions.predict_files(
@@ -95,6 +61,8 @@ def main(patterns: list[str]) -> None:
         batch_size=BATCH_SIZE.value,
     )
     print(predictions.summary(rows, time.monotonic() - began, output), flush=True)
+    if SHARD.value:
+        print(shards.join(OUTPUT.value, count), flush=True)
     if any(row["error"] for row in rows):
         sys.exit(1)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from configs import default
-from prn_jax import images, input_pipeline
+from prn_jax import datasets, images, input_pipeline
 from prn_jax.errors import UserError
 from tests import trees
 
@@ -220,3 +220,34 @@ def test_masks_of_a_defect_in_another_case_are_asked_about(cup, load):
     (cup / "ground_truth/dent").rename(cup / "ground_truth/Dent")
     with pytest.raises(UserError, match="ground_truth/Dent: did you mean dent, the masks of"):
         load()
+
+
+@pytest.mark.parametrize("name", ["dents", "Dents", "dint", "den"])
+def test_masks_of_a_defect_under_a_like_name_are_asked_about(cup, load, name):
+    trees.save(cup / "test/scratch/000.png", trees.draw(0))
+    (cup / "ground_truth/dent").rename(cup / "ground_truth" / name)
+    message = f"ground_truth/{name}: did you mean dent, the masks of {cup}/test/dent.*rename it"
+    with pytest.raises(UserError, match=message):
+        load()
+
+
+def test_masks_of_no_defect_at_all_are_not_taken_for_anothers(cup, load):
+    (cup / "ground_truth/dent").rename(cup / "ground_truth/scratch")
+    with pytest.raises(UserError, match=r"scratch/000_mask.png: a mask without an image; add"):
+        load()
+
+
+@pytest.mark.parametrize("name", ["OK", "Normal", "no_defects"])
+def test_a_misnamed_folder_in_one_of_several_products_is_asked_about(tmp_path, name):
+    for product in ("bolt", "nut"):
+        trees.make_mvtec(tmp_path / "raw", product)
+    slip = tmp_path / "raw/nut/train" / name
+    slip.with_name("good").rename(slip)
+    message = f"{slip}: is this the folder of normal images.*nut/train/good"
+    place = {"manual_dir": tmp_path / "raw", "data_dir": tmp_path / "records"}
+    with pytest.raises(UserError, match=message):
+        datasets.all_categories("folder", *place.values())
+    with pytest.raises(UserError, match=message):
+        datasets.fingerprint("folder", "nut", **place)
+    # The other one is nothing to it where it is named.
+    assert datasets.fingerprint("folder", "bolt", **place)

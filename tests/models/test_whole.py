@@ -52,7 +52,7 @@ def test_training_images_are_at_a_distance_of_about_one(count):
 
 
 def test_what_does_not_count_is_neither_in_the_map_nor_in_the_distance():
-    model = PRN(attention_layers=1)
+    model = PRN(trained=False, num_patches=4, memory_scales=(1,))
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.integers(0, 256, (1, 64, 64, 3), np.uint8))
     variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), image))

@@ -1,0 +1,110 @@
+"""A prediction in parts, as a job array runs them: which files are whose, and the tables joined.
+
+A part writes into a folder of its own. The one that ends last joins the tables.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from prn_jax import results
+from prn_jax.errors import UserError, shown
+
+_Names = dict[pathlib.Path, str]
+
+
+def parse(text: str) -> tuple[int, int]:
+    """Reads `2/8`, the second of eight parts.
+
+    Raises:
+      UserError: it is no such thing.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--shard={text}: give the part and of how many, 1/8 to 8/8")
+    return number, count
+
+
+def select(names: _Names, number: int, count: int) -> _Names:
+    """The files of a part, whatever else is there: by a hash of their names, about as many each.
+
+    Args:
+      names: from `predictions.find`.
+      number: of the part, from 1.
+      count: of the parts.
+    """
+    return {
+        path: name
+        for path, name in names.items()
+        if int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % count == number - 1
+    }
+
+
+def folder(output: str | os.PathLike, number: int, count: int) -> pathlib.Path:
+    """Where a part's tables and pictures go."""
+    return pathlib.Path(output).expanduser() / f"part_{number}_of_{count}"
+
+
+def join(output: str | os.PathLike, count: int) -> str:
+    """Joins the tables if all parts have ended, by the images' paths; says what was done.
+
+    Args:
+      output: the folder of the whole prediction; gets `predictions.csv` and `predictions.json`.
+      count: of the parts.
+    """
+    folders = [folder(output, number, count) for number in range(1, count + 1)]
+    waiting = [number for number, x in enumerate(folders, 1) if not _is_done(x)]
+    if waiting:
+        return (
+            f"{count - len(waiting)} of {count} parts are done, not {_some(waiting)}; the last one "
+            "to end joins the tables"
+        )
+    if len({_made_by(x) for x in folders}) > 1:
+        return "the parts are of several checkpoints: run those of the earlier ones again to join"
+    output = pathlib.Path(output).expanduser()
+    rows = [row for x in folders for row in json.loads((x / "predictions.json").read_text())]
+    rows.sort(key=lambda row: row["image"])
+    results.write_file(output / "predictions.json", json.dumps(rows, indent=2) + "\n")
+    results.write_file(output / "predictions.csv", _join_csv(folders))
+    return f"all {count} parts are done: {shown(output / 'predictions.csv')}"
+
+
+def _is_done(part: pathlib.Path) -> bool:
+    return (part / "predictions.json").exists()
+
+
+def begin(part: pathlib.Path) -> None:
+    """A part that runs again is not done until it ends."""
+    (part / "predictions.json").unlink(missing_ok=True)
+
+
+def _made_by(part: pathlib.Path) -> Any:
+    """The first line of what a next call reads: the checkpoint's."""
+    with (part / "predictions.jsonl").open() as file:
+        return file.readline()
+
+
+def _join_csv(folders: Iterable[pathlib.Path]) -> str:
+    head: list[str] = []
+    rows: list[list[str]] = []
+    for part in folders:
+        with (part / "predictions.csv").open(encoding="utf-8", newline="") as file:
+            head, *own = csv.reader(file)
+            rows += own
+    image = head.index("image")
+    text = io.StringIO()
+    quoting = csv.QUOTE_ALL if any("\r" in row[image] for row in rows) else csv.QUOTE_MINIMAL
+    writer = csv.writer(text, lineterminator="\n", quoting=quoting)
+    writer.writerows([head, *sorted(rows, key=lambda row: row[image])])
+    return text.getvalue()
+
+
+def _some(numbers: list[int], most: int = 10) -> str:
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")

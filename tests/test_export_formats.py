@@ -1,0 +1,156 @@
+"""Each format, from image files, in a process without this package, against prediction."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+import prn_jax
+from configs import demo
+from prn_jax import experiment, export, images
+from prn_jax.errors import UserError
+from prn_jax.export import calibration, check
+from tests.trees import draw, save
+
+CAMERA = (90, 120)
+ALL = [(kind, False) for kind in export.FORMATS] + [("onnx", True)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network of two steps, and where it lies."""
+    config = demo.get_config()
+    config.image_size = (64, 64)
+    config.attention.layers = 1
+    config.backbone.weights = "random"
+    config.batch_size = 8
+    config.total_steps = 2
+    config.prototypes.iterations = 3
+    config.synthesis.max_textures = 20
+    config.data.data_dir = str(tmp_path_factory.mktemp("records"))
+    # Brackets are a pattern to whoever globs.
+    workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
+    experiment.train_and_evaluate(config, str(workdir))
+    return workdir / "gravel"
+
+
+def metadata(kind, path):
+    """What an export says of itself, read by its own runtime."""
+    if kind == "savedmodel":
+        return json.loads((path / "assets/prn_jax.json").read_text())
+    if kind == "onnx":
+        import onnxruntime
+
+        found = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
+    else:
+        import openvino
+
+        model = openvino.Core().read_model(str(path / "model.xml"))
+        names = ("category", "thresholds", "input")
+        found = {name: model.get_rt_info(["prn_jax", name]).astype(str) for name in names}
+    return {k: v if k == "category" else json.loads(v) for k, v in found.items() if k in
+            ("category", "thresholds", "input")}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "int8"), ALL)
+def test_an_export_runs_without_us_and_computes_the_same(
+    trained, tmp_path, monkeypatch, caplog, kind, int8
+):
+    missing = [x for x in export.FORMATS[kind].NEEDS if importlib.util.find_spec(x) is None]
+    if missing:
+        pytest.skip(f"{missing} not installed: make test runs it in .venv-export")
+    detector = prn_jax.load(trained)
+    split = check.read_run(trained)
+    folder = tmp_path / "files"
+    files = {
+        "colour.png": draw(0, CAMERA), "grey.png": draw(1, CAMERA, channels=1),
+        "Größe.jpg": draw(2, CAMERA), "other.png": draw(3, (70, 60)),
+    }  # fmt: skip
+    for name, array in files.items():
+        save(folder / name, array)
+    given = check.read_folder(folder, CAMERA, 0)
+    assert "1 of 4 are not 90x120" in caplog.text
+    given += check.enlarged(split, CAMERA)
+    options = {} if export.is_exact(kind, int8) else {"split": split}
+    if int8:
+        # What two steps have taught is not worth being judged.
+        monkeypatch.setattr(check, "MOST_LOST", 1.0)
+        options["calibration"] = split.image[:8]
+    out = tmp_path / "out" / "bolt [2]"
+    checked = export.export(detector, kind, out, given, input_size=CAMERA, **options)
+    assert checked.images == len(given)
+    if export.is_exact(kind, int8):
+        assert checked.map_difference <= 1e-4
+        assert checked.score_difference <= 1e-4
+        assert checked.distance_difference <= 1e-4
+        assert checked.verdicts == 0
+    assert set(checked.figures) == (
+        set() if export.is_exact(kind, int8) else {"image_auroc", "pixel_ap"}
+    )
+    names = ["bolt [2]", "bolt [2].golden", "bolt [2].json"]
+    assert sorted(path.name for path in out.parent.iterdir()) == names
+    about = json.loads((out.parent / names[2]).read_text())
+    assert about["input"]["shape"] == ["any", *CAMERA, 3]
+    assert about["thresholds"] == json.loads(json.dumps(detector.thresholds))
+    if kind != "stablehlo":
+        assert {k: about[k] for k in ("category", "thresholds", "input")}.items() <= metadata(
+            kind, out
+        ).items()
+    # The golden set is what prediction says of its files.
+    golden = out.parent / names[1]
+    expected = json.loads((golden / "expected.json").read_text())
+    limit = 1e-4 if export.is_exact(kind, int8) else 0.2
+    for row in expected["images"]:
+        found = detector.inspect(golden / row["image"])
+        assert row["score"] == pytest.approx(float(found.score), abs=limit)
+        assert row["distance"] == pytest.approx(float(found.distance), rel=10 * limit)
+        assert np.load(golden / row["map"]).shape == (64, 64)
+    assert len(expected["images"]) == 3
+    assert images.read_array(golden / "0.png").shape == (*CAMERA, 3)
+
+
+@pytest.mark.slow
+def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
+    wrong = check._AFTER.replace("np.concatenate(x)", "0.01 + np.concatenate(x)")
+    assert wrong != check._AFTER
+    monkeypatch.setattr(check, "_AFTER", wrong)
+    files = check.enlarged(check.read_run(trained), (64, 64))[:2]
+    with pytest.raises(UserError, match="differs from the checkpoint by 0.01"):
+        export.export(prn_jax.load(trained), "stablehlo", tmp_path / "made", files)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_it_is_calibrated_on_what_training_sees(trained):
+    detector = prn_jax.load(trained)
+    images = calibration.sample(detector)
+    assert images.shape == (64, 64, 64, 3)
+    assert images.dtype == np.uint8
+
+
+def test_rounding_is_judged_by_what_it_costs():
+    rng = np.random.default_rng(0)
+    mask = np.zeros((40, 16, 16), np.uint8)
+    mask[20:, 4:8, 4:8] = 1
+    mask[39] = 0  # an anomalous image without a mask
+    split = check.TestSplit(np.zeros((40, 16, 16, 3), np.uint8), mask, np.arange(40) // 20)
+    maps = (0.3 * mask + rng.uniform(0, 0.5, mask.shape)).astype(np.float32)
+    scores = maps.max(axis=(1, 2))
+    own = check.Results(maps, scores, scores, 1.0)
+    figures = check.judge("onnx", split, own, own)
+    expected = sklearn.metrics.average_precision_score(mask[:39].ravel(), maps[:39].ravel())
+    assert figures["pixel_ap"] == (pytest.approx(expected), pytest.approx(expected))
+    expected = sklearn.metrics.roc_auc_score(split.label, own.scores)
+    assert figures["image_auroc"][1] == pytest.approx(expected)
+    coarse = check.Results(
+        maps + 0.3 * rng.uniform(size=maps.shape).astype("f"), scores, scores, 1.0
+    )
+    with pytest.raises(UserError, match=r"loses more than 0.5 points: .* pixel AP .* before, .*"):
+        check.judge("onnx", split, coarse, own)
+    normal = check.TestSplit(split.image[:20], mask[:20], split.label[:20])
+    some, _ = own.split(20)
+    with pytest.raises(UserError, match="lacks normal or anomalous images"):
+        check.judge("onnx", normal, some, some)

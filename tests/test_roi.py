@@ -1,0 +1,104 @@
+"""A region of interest: what lies outside of `roi.png` is neither made, nor scored, nor judged."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from configs import folder as folder_config
+from prn_jax import datasets, input_pipeline, metrics
+from prn_jax.errors import UserError
+from prn_jax.synthesis.samples import EXTENDED, SEEN, SIMULATED
+from tests.trees import make_mvtec, save
+
+SIZE = (64, 64)
+
+
+@pytest.fixture
+def config(tmp_path):
+    make_mvtec(tmp_path / "raw", "bolt", train=20, size=SIZE)
+    config = folder_config.get_config()
+    config.category = "bolt"
+    config.image_size = SIZE
+    config.num_seen = 3
+    config.synthesis.max_textures = 5
+    config.data.manual_dir = str(tmp_path / "raw")
+    config.data.data_dir = str(tmp_path / "records")
+    return config
+
+
+def paint(config, region, size=SIZE):
+    roi = np.zeros(size, np.uint8)
+    roi[region] = 255
+    return save(product(config) / "roi.png", roi) // 255
+
+
+def product(config):
+    return pathlib.Path(config.data.manual_dir) / "bolt"
+
+
+def test_anomalies_are_made_and_masks_count_within_it(config, caplog):
+    before = datasets.fingerprint("folder", "bolt", manual_dir=config.data.manual_dir,
+                                  data_dir=config.data.data_dir)  # fmt: skip
+    whole = input_pipeline.load_category(config, "bolt")
+    assert whole.roi is None
+    assert len(whole.held) == 2
+    # The lower half alone, in another size and with one mask wholly above it.
+    mask = np.zeros(SIZE, np.uint8)
+    mask[2:9, 2:9] = 255
+    save(product(config) / "ground_truth/contamination/000_mask.png", mask)
+    paint(config, np.s_[64:, 8:100], (128, 128))
+    data = input_pipeline.load_category(config, "bolt")
+    assert data.fingerprint != before
+    roi = np.zeros(SIZE, np.uint8)
+    roi[32:, 4:50] = 1
+    np.testing.assert_array_equal(data.roi, roi)
+    for split in (data.seen, data.test):
+        assert not split.mask[:, roi == 0].any()
+    assert data.foreground.any(axis=(1, 2)).all()
+    assert not data.foreground[:, roi == 0].any()
+    everything = [*data.seen.id, *data.test.id]
+    assert "test/contamination/000" in data.test.id
+    assert len(everything) == 7
+    outside = data.test.id.index("test/contamination/000")
+    assert not data.test.has_mask[outside]
+    assert data.test.label[outside] == 1
+    assert "lie outside of the region of interest (" in caplog.text
+    make = tf.function(input_pipeline.sample_maker(config, data))
+    for kind in (SEEN, EXTENDED, SIMULATED):
+        for slot in range(6):
+            image, marked = (x.numpy() for x in make(tf.constant(kind), tf.constant(0, tf.int64),
+                                                     tf.constant(slot, tf.int64)))  # fmt: skip
+            assert not marked[roi == 0].any()
+            if kind != SEEN:
+                np.testing.assert_array_equal(image[roi == 0], data.train.image[0][roi == 0])
+                assert marked.any()
+
+
+def test_a_black_region_and_other_proportions_are_said(config, caplog):
+    paint(config, np.s_[:, :], (32, 64))
+    assert input_pipeline.load_category(config, "bolt").roi.all()
+    assert "of other proportions than roi.png" in caplog.text
+    paint(config, np.s_[:0, :])
+    with pytest.raises(UserError, match=r"bolt/roi.png is black: paint white what counts"):
+        input_pipeline.load_category(config, "bolt")
+
+
+def test_figures_are_those_of_the_pixels_within_it():
+    rng = np.random.default_rng(0)
+    masks = np.zeros((5, 20, 30), np.uint8)
+    masks[1, 4:9, 6:12] = masks[2, 15:, 20:] = masks[3, 8:14, 10:28] = 1
+    maps = (rng.random(masks.shape) + 0.5 * masks).astype(np.float32)
+    roi = np.zeros((20, 30), np.uint8)
+    roi[6:18, 5:25] = 1
+    ranking = metrics.rank_pixels(maps, masks, roi)
+    truth, values = masks[:, roi > 0].ravel(), maps[:, roi > 0].ravel()
+    assert metrics.auroc(ranking) == pytest.approx(roc_auc_score(truth, values))
+    assert metrics.average_precision(ranking) == pytest.approx(
+        average_precision_score(truth, values)
+    )
+    # A rectangle of the image is an image.
+    cut = metrics.rank_pixels(maps[:, 6:18, 5:25], masks[:, 6:18, 5:25])
+    assert metrics.pro(ranking) == pytest.approx(metrics.pro(cut))

@@ -1,0 +1,54 @@
+"""Parts of a prediction: nothing twice, nothing left out, and the tables joined."""
+
+import csv
+import json
+import pathlib
+
+import pytest
+
+from prn_jax import shards
+from prn_jax.errors import UserError
+
+
+def test_each_file_is_in_one_part_whatever_else_is_there():
+    names = {pathlib.Path(f"/data/Ü {i}.png"): f"Ü {i}" for i in range(400)}
+    parts = [shards.select(names, number, 8) for number in range(1, 9)]
+    assert sum(map(len, parts)) == len(names)
+    assert {path for part in parts for path in part} == names.keys()
+    assert all(20 < len(part) < 80 for part in parts)
+    fewer = {path: name for path, name in list(names.items())[::2]}
+    assert shards.select(fewer, 3, 8) == {x: y for x, y in parts[2].items() if x in fewer}
+
+
+@pytest.mark.parametrize("text", ["0/8", "9/8", "2", "a/b", "-1/2", "1/0"])
+def test_what_is_no_part_is_refused(text):
+    with pytest.raises(UserError, match=f"--shard={text}"):
+        shards.parse(text)
+    assert shards.parse("2/8") == (2, 8)
+
+
+def write(part, images, checkpoint="a"):
+    part.mkdir(parents=True, exist_ok=True)
+    rows = [{"image": x, "score": 0.5, "error": ""} for x in images]
+    (part / "predictions.jsonl").write_text(json.dumps({"checkpoint": checkpoint}) + "\n")
+    (part / "predictions.json").write_text(json.dumps(rows))
+    with (part / "predictions.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "score", "error"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_the_last_part_joins_the_tables(tmp_path):
+    write(shards.folder(tmp_path, 1, 2), ["b, c.png", "划痕.png"])
+    assert "1 of 2 parts are done, not 2;" in shards.join(tmp_path, 2)
+    assert not (tmp_path / "predictions.csv").exists()
+    write(shards.folder(tmp_path, 2, 2), ["a.png"], checkpoint="b")
+    assert "several checkpoints" in shards.join(tmp_path, 2)
+    write(shards.folder(tmp_path, 2, 2), ["a.png"])
+    assert "all 2 parts are done" in shards.join(tmp_path, 2)
+    joined = [row["image"] for row in json.loads((tmp_path / "predictions.json").read_text())]
+    assert joined == ["a.png", "b, c.png", "划痕.png"]
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == joined
+    shards.begin(shards.folder(tmp_path, 2, 2))
+    assert "not 2;" in shards.join(tmp_path, 2)

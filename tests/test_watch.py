@@ -1,0 +1,97 @@
+"""A folder that is written to: each image once, and none before it is complete."""
+
+import contextlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prn_jax import watch
+from prn_jax.errors import UserError
+from prn_jax.images import read_array
+from prn_jax.predict import Inspection
+from prn_jax.tables import Asked
+
+
+class Over(Exception):
+    """The scenario has come to its end."""
+
+
+def watched(folder, *events, existing=False):
+    """The images that are yielded, with the number of the look at which each was."""
+    looks = itertools.count(1)
+    happened = iter(events)
+    now = 0
+
+    def sleep(_):
+        nonlocal now
+        now = next(looks)
+        event = next(happened, None)
+        if event is None:
+            raise Over
+        event()
+
+    found = []
+    with contextlib.suppress(Over):
+        for path in watch.new_images(folder, existing=existing, sleep=sleep):
+            found.append((path.name, now))
+    return found
+
+
+def picture(path, level=0):
+    Image.fromarray(np.full((9, 7, 3), level, np.uint8)).save(path, format="PNG")
+
+
+def nothing():
+    pass
+
+
+def test_an_image_is_yielded_once_it_is_complete(tmp_path):
+    picture(tmp_path / "old.png")
+    picture(tmp_path / ".whole")
+    whole = (tmp_path / ".whole").read_bytes()
+    half = tmp_path / "Ü 划痕.png"
+    found = watched(
+        tmp_path,
+        lambda: half.write_bytes(b""),
+        lambda: half.write_bytes(whole[:40]),
+        lambda: half.write_bytes(whole),
+        nothing,
+        nothing,
+        lambda: (tmp_path / "notes.txt").write_text("no image"),
+        nothing,
+        lambda: picture(half, level=200),
+        nothing,
+        nothing,
+    )
+    # Complete at the third look, unchanged at the fourth; written anew at the eighth.
+    assert found == [(half.name, 4), (half.name, 9)]
+
+
+def test_what_is_there_already_is_judged_when_asked_for(tmp_path):
+    picture(tmp_path / "old.png")
+    assert watched(tmp_path, nothing, nothing, nothing) == []
+    assert watched(tmp_path, nothing, nothing, nothing, existing=True) == [("old.png", 1)]
+
+
+def test_a_verdict_is_json_and_an_unreadable_file_an_error(tmp_path):
+    def inspect(path):
+        values = read_array(path).mean(-1).astype(np.float32) / 255
+        return Inspection(values, values.max(), np.float32(7.0))
+
+    image = np.zeros((9, 7, 3), np.uint8)
+    image[4, 5] = 255
+    Image.fromarray(image).save(tmp_path / "a.png")
+    found = json.loads(json.dumps(watch.verdict(inspect, tmp_path / "a.png", Asked(0.5, 0.9, 8.0))))
+    assert (found["verdict"], found["row"], found["column"], found["score"]) == (
+        "anomalous", 4, 5, 1.0,
+    )  # fmt: skip
+    assert found["unfamiliar"] == "no"
+    assert [x["area"] for x in found["regions"]] == [1]
+    assert watch.verdict(inspect, tmp_path / "a.png", Asked())["verdict"] == ""
+    (tmp_path / "b.png").write_bytes(b"no image")
+    assert "b.png" in watch.verdict(inspect, tmp_path / "b.png", Asked(0.5))["error"]
+    with pytest.raises(UserError):
+        inspect(tmp_path / "b.png")
