@@ -27,7 +27,7 @@ def find(
     """
     labels, _ = ndimage.label(values >= threshold, _NEIGHBOURS)
     mask, found = np.zeros(values.shape, bool), []
-    # Each region in its own box: of a large image no second whole array of numbers is made.
+    # Each region in its own box, and no copy of its values: large images have large ones.
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         inside = labels[box] == number
         area = int(inside.sum())
@@ -35,7 +35,6 @@ def find(
             continue
         mask[box] |= inside
         rows, columns = box
-        region = values[box][inside]
         found.append(
             {
                 "row": rows.start,
@@ -43,8 +42,8 @@ def find(
                 "height": rows.stop - rows.start,
                 "width": columns.stop - columns.start,
                 "area": area,
-                "peak": round(float(region.max()), 6),
-                "mean": round(float(region.mean(dtype=np.float64)), 6),
+                "peak": round(float(np.max(values[box], where=inside, initial=-np.inf)), 6),
+                "mean": round(float(np.mean(values[box], where=inside, dtype=np.float64)), 6),
             }
         )
     return mask, sorted(found, key=lambda x: -x["area"])
