@@ -70,7 +70,7 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
                 found.setdefault(os.path.abspath(file), (file, name))
     if not found:
         raise UserError(f"{shown(patterns[0])}: there are no images{_left_out(skipped, own)}")
-    if foreign := [path for path in skipped if path.name not in _TABLES]:
+    if foreign := [path for path in skipped if path.name not in tables.FILES]:
         logging.warning("skipped %s", images.describe(foreign))
     if own:
         logging.info("left out %d files of earlier predictions", own)
