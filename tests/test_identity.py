@@ -249,11 +249,12 @@ class Tiny(nn.Module):
     """A backbone of four convs, which compiles in a moment."""
 
     train_stage4: bool = True
+    return_stem: bool = False
     dtype: object = None
 
     @nn.compact
     def __call__(self, x):
-        features = []
+        features = [x[:, ::2, ::2]] if self.return_stem else []
         for name, size in zip(("one_conv", "two_conv", "three_conv", "four_conv"), (4, 2, 2, 2)):
             collection = "params" if name == "four_conv" else "backbone"
             x = backbone.Conv(4, 1, size, collection=collection, name=name)(x)
