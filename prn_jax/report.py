@@ -85,7 +85,7 @@ def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
     root = epath.Path(workdir).expanduser()
     found = []
     first = _folders(root) if root.is_dir() else []
-    for folder in (*first, *(x for folder in first for x in _folders(folder))):
+    for folder in (*first, *(x for run in first for x in _folders(run))):
         path = folder / "results.json"
         content = json.loads(path.read_text()) if path.exists() else {}
         if "category" not in content:
