@@ -213,29 +213,28 @@ def _stitch(
     `batch_size` tiles are computed at a time, however many an image has. A descriptor is the mean
     of its tiles', each in proportion to what counts of it.
     """
-    tiling, row, interest = model.tiling, model.tiling.row, _interest(model, variables)
-    size = fixed_size(batch_size if fill else len(images) * row.count, batch_size, mesh)
+    tiling, interest = model.tiling, _interest(model, variables)
+    size = fixed_size(batch_size if fill else len(images) * tiling.count, batch_size, mesh)
     step, dimensions = _tile_step(model, mesh, with_maps), sum(model.kinds)
     maps = np.empty((len(images) if with_maps else 0, *tiling.size), np.float32)
     found = np.empty((len(images), dimensions), np.float32)
-    together = max(1, size // row.count)
+    together = max(1, size // tiling.count)
     bar = tqdm(total=len(images), unit="image", disable=not progress, dynamic_ncols=True)
     with bar:
         for start in range(0, len(images), together):
             some = images[start : start + together]
-            strips, means, weights = [], [], []
-            for part, counts in zip(tiling.rows(some), tiling.rows(interest[None]), strict=True):
-                tiles = row.cut(part)
-                masks = np.tile(row.cut(counts), (len(some), 1, 1))
+            means, weights = [], []
+            for rows, band in tiling.bands(size):
+                tiles = band.cut(some[:, rows])
+                masks = np.tile(band.cut(interest[None, rows]), (len(some), 1, 1))
                 empty = (np.empty((len(tiles), dimensions), np.float32),)
                 if with_maps:
                     empty = (np.empty(tiles.shape[:3], np.float32), *empty)
                 *values, mean = _run(step, variables, (tiles, masks), mesh, size, empty)
-                strips += [row.blend(x) for x in values]
-                means.append(mean.reshape(len(some), row.count, dimensions))
-                weights.append(masks.mean(axis=(1, 2)).reshape(len(some), row.count, 1))
-            if with_maps:
-                maps[start : start + len(some)] = tiling.stack(strips)
+                for part in map(band.blend, values):
+                    tiling.lay(maps[start : start + len(some)], part, rows)
+                means.append(mean.reshape(len(some), band.count, dimensions))
+                weights.append(masks.mean(axis=(1, 2)).reshape(len(some), band.count, 1))
             means, weights = np.concatenate(means, axis=1), np.concatenate(weights, axis=1)
             amount = np.maximum(weights.sum(axis=1), 1e-6)
             found[start : start + len(some)] = (means * weights).sum(axis=1) / amount

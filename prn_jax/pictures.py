@@ -15,6 +15,7 @@ Row = tuple[str, list[tuple[np.ndarray, str]]]
 
 _PREDICTION = "PRN prediction"  # in the metadata of what a prediction draws
 _DESCRIPTION = TiffTags.lookup(270).value
+_BAND = 256  # rows of an image that are drawn at a time
 _OUTLINE = (255, 0, 200)  # seldom the colour of a product
 _BACKGROUND, _TEXT = (32, 33, 36), (228, 228, 228)
 # Dark to light, as perceptual colour maps go: violet, red, orange, yellow.
@@ -42,9 +43,13 @@ def heat(values: np.ndarray) -> np.ndarray:
 
 def overlay(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     """A heat map over an image: the higher the value, the less of the image shows."""
-    weight = (0.25 + 0.5 * np.clip(values, 0, 1, dtype=np.float32))[..., None]
-    grey = image.mean(-1, keepdims=True, dtype=np.float32)
-    return np.round(grey + weight * (heat(values) - grey)).astype(np.uint8)
+    laid = np.empty(image.shape, np.uint8)
+    for start in range(0, len(image), _BAND):  # a large image's floats would fill the memory
+        rows = slice(start, start + _BAND)
+        weight = (0.25 + 0.5 * np.clip(values[rows], 0, 1, dtype=np.float32))[..., None]
+        grey = image[rows].mean(-1, keepdims=True, dtype=np.float32)
+        laid[rows] = np.round(grey + weight * (heat(values[rows]) - grey))
+    return laid
 
 
 def _level(values: np.ndarray) -> np.ndarray:

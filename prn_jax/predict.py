@@ -30,6 +30,7 @@ from prn_jax.images import read_array, resize, to_uint8, upright
 from prn_jax.models.prn import PRN, create_model
 from prn_jax.tiles import Tiling
 
+_BAND = 2048  # rows of a map that are resized at a time
 # One image: a path, an image of Pillow's, or an array of levels [h, w, 3], [h, w, 1] or [h, w].
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
@@ -274,7 +275,14 @@ def resize_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if values.shape == tuple(size):
         return values
     picture = Image.fromarray(np.ascontiguousarray(values, np.float32))
-    return np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    resized = np.empty(size, np.float32)
+    for top in range(0, size[0], _BAND):  # a large map would be held three times
+        rows = resized[top : top + _BAND]
+        box = [x * values.shape[0] / size[0] for x in (top, top + len(rows))]
+        rows[:] = picture.resize(
+            (size[1], len(rows)), Image.Resampling.BILINEAR, (0, box[0], values.shape[1], box[1])
+        )
+    return resized
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector, Inspection
 from prn_jax.progress import duration
 from prn_jax.tables import Asked, Row
+from prn_jax.tiles import Tiling
 
 _LONGEST_NAME = 200  # bytes; file systems take 255, with the ending of a picture and of a draft
 _SECONDS_PER_LINE = 30.0
@@ -165,7 +166,7 @@ def predict_files(
       output: from `prepare`.
       asked: what is asked for.
       normals: from `explain.read`, where it is asked for explanations.
-      batch_size: images at a time.
+      batch_size: images, or tiles, at a time.
 
     Returns:
       A row per image, in the order of `names`: `tables.FIELDS`.
@@ -189,7 +190,9 @@ def predict_files(
         taken = {names[path] for path in missing}
         done = {key: row for key, row in done.items() if row["pictures"] not in taken}
     # The last batch and one with unreadable files are filled up: no other size is compiled.
-    size = evaluate.fixed_size(len(missing), batch_size, detector.mesh)
+    places = Tiling.of(detector.config).count
+    size = evaluate.fixed_size(len(missing), max(1, batch_size // places), detector.mesh)
+    tiles = min(size * places, max(size, batch_size))
     bar = tqdm(
         total=len(missing), unit="image", disable=not sys.stderr.isatty(), dynamic_ncols=True
     )
@@ -199,7 +202,7 @@ def predict_files(
         try:
             for batch in _read_ahead(pool, missing, size, detector.white_level):
                 readable = [image for _, image in batch if not isinstance(image, UserError)]
-                found = map(Inspection, *detector.inspect(readable, size, fill=True))
+                found = map(Inspection, *detector.inspect(readable, tiles, fill=True))
                 jobs, alarms = [], []
                 for path, image in batch:
                     if isinstance(image, UserError):

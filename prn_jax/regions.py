@@ -25,25 +25,25 @@ def find(
       `height` and `width` of the box around it and its `area`, in pixels, and the highest (`peak`)
       and the mean value in it.
     """
-    labels, count = ndimage.label(values >= threshold, _NEIGHBOURS)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
-    areas[0] = 0
-    kept = [x for x in np.argsort(-areas, kind="stable") if areas[x] >= max(min_area, 1)]
-    boxes = ndimage.find_objects(labels)
-    peaks = ndimage.maximum(values, labels, kept) if kept else []
-    means = ndimage.mean(values.astype(np.float64), labels, kept) if kept else []
-    found = []
-    for number, peak, mean in zip(kept, peaks, means, strict=True):
-        rows, columns = boxes[number - 1]
+    labels, _ = ndimage.label(values >= threshold, _NEIGHBOURS)
+    mask, found = np.zeros(values.shape, bool), []
+    # Each region in its own box, and no copy of its values: large images have large ones.
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        inside = labels[box] == number
+        area = int(inside.sum())
+        if area < min_area:
+            continue
+        mask[box] |= inside
+        rows, columns = box
         found.append(
             {
                 "row": rows.start,
                 "column": columns.start,
                 "height": rows.stop - rows.start,
                 "width": columns.stop - columns.start,
-                "area": int(areas[number]),
-                "peak": round(float(peak), 6),
-                "mean": round(float(mean), 6),
+                "area": area,
+                "peak": round(float(np.max(values[box], where=inside, initial=-np.inf)), 6),
+                "mean": round(float(np.mean(values[box], where=inside, dtype=np.float64)), 6),
             }
         )
-    return np.isin(labels, kept), found
+    return mask, sorted(found, key=lambda x: -x["area"])

@@ -6,8 +6,10 @@ other linearly: what is constant stays so to the bit, and what is smooth stays s
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 # Of NumPy or of JAX: slices are static, so that every export can have them.
@@ -50,14 +52,19 @@ class Tiling:
         """Places."""
         return self.grid[0] * self.grid[1]
 
-    @property
-    def row(self) -> "Tiling":
-        """The tiling of one row of tiles."""
-        return dataclasses.replace(self, grid=(1, self.grid[1]))
+    def bands(self, tiles: int) -> list[tuple[slice, "Tiling"]]:
+        """Rows of tiles, as many together as have at most so many tiles, but at least one.
 
-    def rows(self, images: Array) -> list[Array]:
-        """The part of images, [n, height, width, ...], that each row of tiles covers."""
-        return _parts(images, 1, self.grid[0], self.tile[0], self.overlap)
+        Returns:
+          The pixel rows of each band, and its own tiling.
+        """
+        (rows, columns), step = self.grid, self.tile[0] - self.overlap
+        some = min(rows, max(1, tiles // columns))
+        found = []
+        for first in range(0, rows, some):
+            band = dataclasses.replace(self, grid=(min(some, rows - first), columns))
+            found.append((slice(first * step, first * step + band.size[0]), band))
+        return found
 
     def cut(self, images: Array) -> Array:
         """Cuts images into tiles.
@@ -70,16 +77,14 @@ class Tiling:
         """
         xp = images.__array_namespace__()
         tiles = [
-            x for part in self.rows(images)
-            for x in _parts(part, 2, self.grid[1], self.tile[1], self.overlap)
+            x for part in self._parts(images, 0) for x in self._parts(part, 1)
         ]  # fmt: skip
         return xp.reshape(xp.stack(tiles, axis=1), (-1, *self.tile, *images.shape[3:]))
 
     def at(self, images: Array, place: int) -> Array:
         """The tiles of one place, [n, h, w, ...], of images of `size`."""
         row, column = divmod(place, self.grid[1])
-        parts = _parts(self.rows(images)[row], 2, self.grid[1], self.tile[1], self.overlap)
-        return parts[column]
+        return self._parts(self._parts(images, 0)[row], 1)[column]
 
     def blend(self, maps: Array) -> Array:
         """Lays what was made of tiles together.
@@ -94,11 +99,27 @@ class Tiling:
         rows, columns = self.grid
         maps = xp.reshape(maps, (-1, rows, columns, *maps.shape[1:]))
         strips = [self._join([maps[:, i, j] for j in range(columns)], 2) for i in range(rows)]
-        return self.stack(strips)
-
-    def stack(self, strips: list[Array]) -> Array:
-        """Lays blended rows, each [n, h, width, ...], together: [n, height, width, ...]."""
         return self._join(strips, 1)
+
+    def lay(self, maps: np.ndarray, band: np.ndarray, rows: slice) -> None:
+        """Does a part of `blend` in place, for maps too large to be held twice.
+
+        Args:
+          maps: [n, height, width], in which the bands before this one lie.
+          band: blended by its own tiling, [n, h, width].
+          rows: its pixel rows.
+        """
+        overlap = self.overlap if rows.start else 0
+        here = maps[:, rows]
+        seam = here[:, :overlap]
+        seam += _ramp(np, overlap, maps.dtype)[:, None] * (band[:, :overlap] - seam)
+        here[:, overlap:] = band[:, overlap:]
+
+    def _parts(self, images: Array, side: int) -> list[Array]:
+        """What each row (side 0) or column (side 1) of tiles covers."""
+        size = self.tile[side]
+        starts = (i * (size - self.overlap) for i in range(self.grid[side]))
+        return [_take(images, start, start + size, side + 1) for start in starts]
 
     def _join(self, parts: list[Array], axis: int) -> Array:
         """Lays parts together along an axis, the end of each over the beginning of the next."""
@@ -106,7 +127,7 @@ class Tiling:
             return parts[0].__array_namespace__().concatenate(parts, axis=axis)
         xp, overlap = parts[0].__array_namespace__(), self.overlap
         take = functools.partial(_take, axis=axis)
-        ramp = (xp.arange(overlap, dtype=parts[0].dtype) + 0.5) / overlap
+        ramp = _ramp(xp, overlap, parts[0].dtype)
         ramp = xp.reshape(ramp, (-1, *[1] * (parts[0].ndim - axis - 1)))
         inner = self.tile[axis - 1] - overlap
         laid = [take(parts[0], 0, inner)]
@@ -118,9 +139,8 @@ class Tiling:
         return xp.concatenate(laid, axis=axis)
 
 
-def _parts(images: Array, axis: int, count: int, size: int, overlap: int) -> list[Array]:
-    starts = (i * (size - overlap) for i in range(count))
-    return [_take(images, start, start + size, axis) for start in starts]
+def _ramp(xp: ModuleType, overlap: int, dtype: Any) -> Array:
+    return (xp.arange(overlap, dtype=dtype) + 0.5) / overlap
 
 
 def _take(array: Array, start: int, stop: int | None, axis: int) -> Array:
