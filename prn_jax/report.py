@@ -71,6 +71,11 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
     results.write_file(epath.Path(path), page)
 
 
+def _folders(folder: epath.Path) -> list[epath.Path]:
+    # No glob: etils takes `[2]` in the name of a folder for a part of the pattern.
+    return sorted(x for x in folder.iterdir() if x.is_dir())
+
+
 def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
     """All finished runs below a work folder: name, folder and `results.json`'s content.
 
@@ -79,14 +84,14 @@ def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
     """
     root = epath.Path(workdir).expanduser()
     found = []
-    for pattern in ("*/results.json", "*/*/results.json"):
-        for path in sorted(root.glob(pattern)):
-            folder = path.parent
-            content = json.loads(path.read_text()) if path.exists() else {}
-            if "category" not in content:
-                continue  # the table over a seed's categories
-            name = "/".join(folder.parts[len(root.parts) :])
-            found.append((name, folder, results.read_run(folder)))
+    first = _folders(root) if root.is_dir() else []
+    for folder in (*first, *(x for run in first for x in _folders(run))):
+        path = folder / "results.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        if "category" not in content:
+            continue  # the table over a seed's categories
+        name = "/".join(folder.parts[len(root.parts) :])
+        found.append((name, folder, results.read_run(folder)))
     if not found:
         raise UserError(
             f"no results below {shown(workdir)}: give the --workdir of a finished training"

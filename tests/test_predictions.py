@@ -415,8 +415,7 @@ def listing(root):
 @given(st.lists(_FILES, max_size=8))
 def test_any_tree_is_predicted_or_refused_in_one_line(files):
     with tempfile.TemporaryDirectory() as root:
-        root = pathlib.Path(root)
-        inside, output = root / "in", root / "out"
+        inside, output = pathlib.Path(root, "in"), pathlib.Path(root, "out")
         inside.mkdir()
         for file in files:
             make(inside, *file)

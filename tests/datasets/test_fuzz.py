@@ -218,6 +218,7 @@ def _read(root: bytes) -> list[dict]:
         examples, stray = builder._scan_sorted(path)
         base.fingerprint(path, examples)
         builder._start_report(stray)
+        builder._region = None
         builder._white = builder._find_white(examples)
         return [(x.split, *record) for x in examples for record in builder._generate_examples([x])]
 

@@ -60,7 +60,8 @@ def test_the_number_of_attention_layers_counts():
 def test_bfloat16_computes_but_keeps_variables_and_logits_float32():
     model = PRN(attention_layers=1, dtype=jnp.bfloat16)
     variables = init(model, (64, 64))
-    assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    kinds = {x.dtype for x in jax.tree.leaves(variables)}
+    assert kinds == {np.dtype(np.float32), np.dtype(np.uint8)}  # the region of interest is a mask
     images = jnp.asarray(draw(2, (64, 64)))
     exact, rounded = (m.apply(variables, images) for m in (PRN(attention_layers=1), model))
     assert rounded.dtype == jnp.float32
