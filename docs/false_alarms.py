@@ -16,11 +16,9 @@ from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from ml_collections import config_flags  # noqa: E402
-
 from prn_jax import program  # noqa: E402
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the configuration.")
+CONFIG = program.define_config()
 HELD = flags.DEFINE_integer("held", 21, "Normal images that set the thresholds.")
 JUDGED = flags.DEFINE_integer("judged", 21, "Normal images that false alarms are counted on.")
 DRAWS = flags.DEFINE_integer("draws", 20, "Draws of what is held out.")
@@ -57,7 +55,7 @@ def main() -> None:
     def inspect(stored, *features):
         *maps, descriptor = features
         network = {"prototypes": stored}
-        logits = model.apply(network, maps, None, False, method="_logits")
+        logits = model.apply(network, None, maps, None, False, method="_logits")
         distance = model.apply(network, descriptor, method=lambda network, x: network.whole(x))
         return evaluate.image_score(jax.nn.sigmoid(logits), config.score_pixels), distance
 

@@ -15,11 +15,9 @@ from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from ml_collections import config_flags  # noqa: E402
-
 from prn_jax import program  # noqa: E402
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the configuration.")
+CONFIG = program.define_config()
 OTHER = flags.DEFINE_list("other", [], "Categories that are another product.")
 
 

@@ -171,6 +171,12 @@ def holds_checkpoints(folder: pathlib.Path | epath.Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
+def folder_of(run: epath.Path) -> epath.Path:
+    """Where the checkpoints of a run lie: in `checkpoints` below it, or in the folder itself."""
+    below = run / "checkpoints"
+    return below if below.exists() else run
+
+
 def check_outside(path: str | os.PathLike, flag: str) -> None:
     """Refuses to write among a run's checkpoints: each folder there is taken for one.
 

@@ -45,10 +45,11 @@ def make_eval_step(
         maps = jax.nn.sigmoid(logits)
         return maps, image_score(maps, score_pixels), distances
 
-    return jax.jit(_mapped(step, mesh))
+    return jax.jit(mapped(step, mesh))
 
 
-def _mapped(step: Callable, mesh: Mesh, inputs: int = 1) -> Callable:
+def mapped(step: Callable, mesh: Mesh, inputs: int = 1) -> Callable:
+    """A step `(variables, *inputs) -> results` as a program per device, mapped over `data`."""
     specs = P(), *[P("data")] * inputs
     return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P("data"))
 
@@ -63,7 +64,7 @@ def _descriptor_step(model: PRN, mesh: Mesh):
     def step(variables, image):
         return (model.apply(variables, image, method="descriptor"),)
 
-    return jax.jit(_mapped(step, mesh))
+    return jax.jit(mapped(step, mesh))
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def _tile_step(model: PRN, mesh: Mesh, with_maps: bool):
         logits, descriptors = model.apply(variables, tiles, mask, method="look")
         return jax.nn.sigmoid(logits), descriptors
 
-    return jax.jit(_mapped(step, mesh, 2))
+    return jax.jit(mapped(step, mesh, 2))
 
 
 @functools.cache
@@ -82,7 +83,7 @@ def _distance_step(model: PRN, mesh: Mesh):
     def step(variables, descriptor):
         return (model.apply(variables, descriptor, method="distance"),)
 
-    return jax.jit(_mapped(step, mesh))
+    return jax.jit(mapped(step, mesh))
 
 
 def fixed_size(count: int, batch_size: int, mesh: Mesh) -> int:
@@ -137,12 +138,14 @@ def predict(
         )
         size = fixed_size(len(images), batch_size, mesh)
         distances = np.empty(len(images), np.float32)
-        _run(_distance_step(model, mesh), variables, (descriptors,), mesh, size, (distances,))
+        run_batches(
+            _distance_step(model, mesh), variables, (descriptors,), mesh, size, (distances,)
+        )
         return maps, np.array([_score(x, score_pixels) for x in maps], np.float32), distances
     step = _cached_step(model, score_pixels, mesh)
     size = fixed_size(batch_size if fill else len(images), batch_size, mesh)
     empty = np.empty(images.shape[:3], np.float32), *np.empty((2, len(images)), np.float32)
-    return _run(step, variables, (images,), mesh, size, empty, progress)
+    return run_batches(step, variables, (images,), mesh, size, empty, progress)
 
 
 def describe(
@@ -167,7 +170,7 @@ def descriptors(
         return _stitch(model, variables, images, mesh, batch_size, with_maps=False)[0]
     size = fixed_size(len(images), batch_size, mesh)
     empty = (np.empty((len(images), sum(model.kinds)), np.float32),)
-    return _run(_descriptor_step(model, mesh), variables, (images,), mesh, size, empty)[0]
+    return run_batches(_descriptor_step(model, mesh), variables, (images,), mesh, size, empty)[0]
 
 
 def stitched(model: PRN, variables: Tree, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -230,7 +233,7 @@ def _stitch(
                 empty = (np.empty((len(tiles), dimensions), np.float32),)
                 if with_maps:
                     empty = (np.empty(tiles.shape[:3], np.float32), *empty)
-                *values, mean = _run(step, variables, (tiles, masks), mesh, size, empty)
+                *values, mean = run_batches(step, variables, (tiles, masks), mesh, size, empty)
                 for part in map(band.blend, values):
                     tiling.lay(maps[start : start + len(some)], part, rows)
                 means.append(mean.reshape(len(some), band.count, dimensions))
@@ -248,7 +251,9 @@ def _score(values: np.ndarray, pixels: int) -> np.float32:
     return np.partition(values, values.size - count, axis=None)[-count:].mean()
 
 
-def _run(step, variables, inputs, mesh, size, found, progress=False) -> tuple[np.ndarray, ...]:
+def run_batches(
+    step, variables, inputs, mesh, size, found, progress=False
+) -> tuple[np.ndarray, ...]:
     """Applies a step to `size` of each of its inputs at a time; writes its results into `found`.
 
     A batch that isn't full is filled up with blank images whose results are dropped: each image

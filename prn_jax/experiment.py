@@ -59,7 +59,8 @@ def train_and_evaluate(
         check = functools.partial(_finished_metrics, config, folder / name, allow_config_change)
         metrics[name] = meshes.from_main(f"looking for {name}", check)
     waiting = [name for name in names if metrics[name] is None]
-    if not all(_has_checkpoint(folder / name) for name in waiting):
+    # A run that goes on from a checkpoint has the backbone's weights in it.
+    if not all(holds_checkpoints(folder / name / "checkpoints") for name in waiting):
         pretrained.check(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,11 +212,6 @@ def _finished_metrics(config, folder, allow_config_change) -> dict[str, float | 
     return run["metrics"]
 
 
-def _has_checkpoint(folder: epath.Path) -> bool:
-    """Whether a run goes on from a checkpoint, which has the backbone's weights in it."""
-    return holds_checkpoints(folder / "checkpoints")
-
-
 @contextlib.contextmanager
 def _locked(folder: epath.Path) -> Iterator[None]:
     """Process 0 holds the folder; where another run does, no process goes on."""
@@ -278,8 +274,11 @@ def _run_category(
         held=tuple(data.held.id),
     )
     if meshes.is_main():
-        for images in (data.train, data.seen):
-            trained_on.remember(checkpoints.folder, images.image, images.id)
+        trained_on.remember(
+            checkpoints.folder,
+            (*data.train.image, *data.seen.image),
+            (*data.train.id, *data.seen.id),
+        )
     try:
         trained = training.train(
             config,

@@ -13,6 +13,7 @@ from etils import epath
 from PIL import Image
 
 from prn_jax import results
+from prn_jax.checkpoints import folder_of
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector
 
@@ -76,8 +77,7 @@ def read(folder: str | os.PathLike) -> Normals:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    folder = epath.Path(os.fspath(folder)).expanduser()
-    path = (folder / "checkpoints" if (folder / "checkpoints").exists() else folder) / NAME
+    path = folder_of(epath.Path(os.fspath(folder)).expanduser()) / NAME
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
             whole, end = stored["jpeg"].tobytes(), stored["end"].tolist()

@@ -8,11 +8,10 @@ import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from prn_jax import mesh as meshes
-from prn_jax.evaluate import descriptors, predict
+from prn_jax.evaluate import descriptors, mapped, predict, run_batches
 from prn_jax.models.memory import choose_patches
 from prn_jax.models.prn import PRN, SCALES
 from prn_jax.models.prototypes import k_means
@@ -110,16 +109,9 @@ def _over_images(
     function: Callable[[Tree, jax.Array], jax.Array],
 ) -> np.ndarray:
     """What a function of the variables and some images gives for all of them, [n, ...]."""
-    mapped = jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
-    )
+    step = jax.jit(mapped(lambda *x: (function(*x),), mesh))
     size = -(-min(config.eval_batch_size, len(images)) // mesh.size) * mesh.size
-    whole = None
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        padded = np.concatenate([batch, np.zeros_like(images[:1]).repeat(size - len(batch), 0)])
-        found = meshes.gather(mapped(variables, meshes.shard_same(mesh, padded)))
-        if whole is None:
-            whole = np.empty((len(images), *found.shape[1:]), found.dtype)
-        whole[start : start + size] = found[: len(batch)]
-    return whole
+    batch = jax.ShapeDtypeStruct((size, *images.shape[1:]), images.dtype)
+    (one,) = jax.eval_shape(step, variables, batch)
+    found = (np.empty((len(images), *one.shape[1:]), one.dtype),)
+    return run_batches(step, variables, (images,), mesh, size, found)[0]

@@ -165,12 +165,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
     lacking = [x for split in (train, test) for x, known in zip(split.id, split.has_mask)
                if not known]  # fmt: skip
-    if lacking:
-        logging.warning(
-            "%s: %d anomalous images have no mask (%s): they count for the image-level figures "
-            "alone, and are not drawn as seen ones",
-            category, len(lacking), ", ".join(lacking[:5]),
-        )  # fmt: skip
+    _say_unmarked(category, "%d anomalous images have no mask", lacking)
     roi = from_text(metadata["roi"], size) if "roi" in metadata else None
     if roi is not None:
         logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
@@ -210,13 +205,19 @@ def _inside(split: Images, roi: np.ndarray, category: str) -> Images:
     mask = split.mask * roi
     marked, left = (x.any(axis=(1, 2)) for x in (split.mask, mask))
     outside = [x for x, gone in zip(split.id, marked & ~left) if gone]
-    if outside:
-        logging.warning(
-            "%s: the defects of %d images lie outside of the region of interest (%s): they count "
-            "for the image-level figures alone, and are not drawn as seen ones",
-            category, len(outside), ", ".join(outside[:5]),
-        )  # fmt: skip
+    what = "the defects of %d images lie outside of the region of interest"
+    _say_unmarked(category, what, outside)
     return dataclasses.replace(split, mask=mask, has_mask=split.has_mask & (left | ~marked))
+
+
+def _say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
+    """Warns of anomalous images of which no pixel can be judged, if there are any."""
+    if ids:
+        logging.warning(
+            "%s: %s (%s): they count for the image-level figures alone, and are not drawn as seen "
+            "ones",
+            category, what % len(ids), ", ".join(ids[:5]),
+        )  # fmt: skip
 
 
 def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]) -> Images:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from prn_jax import evaluate
 from prn_jax import mesh as meshes
-from prn_jax.checkpoints import Checkpoints
+from prn_jax.checkpoints import Checkpoints, folder_of
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import Identity
 from prn_jax.images import read_array, resize, to_uint8, upright
@@ -174,8 +174,7 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
     folder = epath.Path(os.fspath(checkpoint)).expanduser()
     if "://" not in os.fspath(folder):
         folder = folder.resolve()
-    if (folder / "checkpoints").exists():
-        folder = folder / "checkpoints"
+    folder = folder_of(folder)
     if not folder.exists():
         raise UserError(
             f"no checkpoint at {shown(checkpoint)}: give <workdir>/<category> of a training"

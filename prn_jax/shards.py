@@ -3,17 +3,14 @@
 A part writes into a folder of its own. The one that ends last joins the tables.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
 from typing import Any
 
-from prn_jax import results
+from prn_jax import results, tables
 from prn_jax.errors import UserError, shown
 
 _Names = dict[pathlib.Path, str]
@@ -72,7 +69,7 @@ def join(output: str | os.PathLike, count: int) -> str:
     rows = [row for x in folders for row in json.loads((x / "predictions.json").read_text())]
     rows.sort(key=lambda row: row["image"])
     results.write_file(output / "predictions.json", json.dumps(rows, indent=2) + "\n")
-    results.write_file(output / "predictions.csv", _join_csv(folders))
+    results.write_file(output / "predictions.csv", tables.as_csv(rows))
     return f"all {count} parts are done: {shown(output / 'predictions.csv')}"
 
 
@@ -89,21 +86,6 @@ def _made_by(part: pathlib.Path) -> Any:
     """The first line of what a next call reads: the checkpoint's."""
     with (part / "predictions.jsonl").open() as file:
         return file.readline()
-
-
-def _join_csv(folders: Iterable[pathlib.Path]) -> str:
-    head: list[str] = []
-    rows: list[list[str]] = []
-    for part in folders:
-        with (part / "predictions.csv").open(encoding="utf-8", newline="") as file:
-            head, *own = csv.reader(file)
-            rows += own
-    image = head.index("image")
-    text = io.StringIO()
-    quoting = csv.QUOTE_ALL if any("\r" in row[image] for row in rows) else csv.QUOTE_MINIMAL
-    writer = csv.writer(text, lineterminator="\n", quoting=quoting)
-    writer.writerows([head, *sorted(rows, key=lambda row: row[image])])
-    return text.getvalue()
 
 
 def _some(numbers: list[int], most: int = 10) -> str:

@@ -5,7 +5,7 @@ By its pixels an image is known again in another folder and under another name.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -21,8 +21,8 @@ def digest(image: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
 
 
-def remember(folder: epath.PathLike, images: np.ndarray, ids: Sequence[str]) -> None:
-    """Adds images, uint8 [n, h, w, 3], and their names to those of the folder of checkpoints."""
+def remember(folder: epath.PathLike, images: Iterable[np.ndarray], ids: Iterable[str]) -> None:
+    """Adds images, each uint8 [h, w, 3], and their names to those of the folder of checkpoints."""
     found = {digest(image): id_ for image, id_ in zip(images, ids)}
     stored = json.dumps((recall(folder) or {}) | found, indent=0, sort_keys=True)
     results.write_file(epath.Path(folder) / _FILE, stored + "\n")

@@ -32,6 +32,22 @@ def small_config(records, **changes):
     return experiment.checked(config)
 
 
+def train_briefly(config, tmp_path_factory):
+    """Two steps at 64x64 pixels from random weights; the work folder."""
+    config.image_size = (64, 64)
+    config.attention.layers = 1
+    config.backbone.weights = "random"
+    config.batch_size = 8
+    config.total_steps = 2
+    config.prototypes.iterations = 3
+    config.synthesis.max_textures = 20
+    config.data.data_dir = str(tmp_path_factory.mktemp("records"))
+    # Brackets are a pattern to whoever globs.
+    workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
+    experiment.train_and_evaluate(config, str(workdir))
+    return workdir
+
+
 def fit_prototypes(config, data, mesh):
     """The `prototypes` collection, NumPy."""
     model = create_model(config, num_prototypes(len(data.train), config.prototypes.ratio))

@@ -9,9 +9,10 @@ import sklearn.metrics
 
 import prn_jax
 from configs import demo
-from prn_jax import experiment, export, images
+from prn_jax import export, images
 from prn_jax.errors import UserError
 from prn_jax.export import calibration, check
+from tests.steps import train_briefly
 from tests.trees import draw, save
 
 CAMERA = (90, 120)
@@ -22,19 +23,8 @@ ALL = [(kind, False) for kind in export.FORMATS] + [("onnx", True)]
 def trained(tmp_path_factory):
     """A network of two steps, and where it lies."""
     config = demo.get_config()
-    config.image_size = (64, 64)
     config.backbone.name = "resnet18"  # depthwise convs make ten times as many ONNX nodes
-    config.attention.layers = 1
-    config.backbone.weights = "random"
-    config.batch_size = 8
-    config.total_steps = 2
-    config.prototypes.iterations = 3
-    config.synthesis.max_textures = 20
-    config.data.data_dir = str(tmp_path_factory.mktemp("records"))
-    # Brackets are a pattern to whoever globs.
-    workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
-    experiment.train_and_evaluate(config, str(workdir))
-    return workdir / "gravel"
+    return train_briefly(config, tmp_path_factory) / "gravel"
 
 
 def metadata(kind, path):

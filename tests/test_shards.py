@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from prn_jax import shards
+from prn_jax import shards, tables
 from prn_jax.errors import UserError
 
 
@@ -29,13 +29,9 @@ def test_what_is_no_part_is_refused(text):
 
 def write(part, images, checkpoint="a"):
     part.mkdir(parents=True, exist_ok=True)
-    rows = [{"image": x, "score": 0.5, "error": ""} for x in images]
+    rows = [dict.fromkeys(tables.FIELDS, "") | {"image": x, "score": 0.5} for x in images]
     (part / "predictions.jsonl").write_text(json.dumps({"checkpoint": checkpoint}) + "\n")
     (part / "predictions.json").write_text(json.dumps(rows))
-    with (part / "predictions.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["image", "score", "error"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def test_the_last_part_joins_the_tables(tmp_path):

@@ -19,10 +19,11 @@ from sklearn import metrics as skmetrics
 
 import prn_jax
 from configs import folder
-from prn_jax import experiment, explain, input_pipeline, predict, report, results
+from prn_jax import explain, input_pipeline, predict, report, results
 from prn_jax.errors import UserError
 from tests import trees
 from tests.processes import start
+from tests.steps import train_briefly
 from tests.trees import make_mvtec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -39,18 +40,7 @@ def trained(tmp_path_factory):
     config = folder.get_config()
     config.data.manual_dir = str(raw)
     config.backbone.name = "efficientnet_lite0"
-    config.image_size = (64, 64)
-    config.attention.layers = 1
-    config.backbone.weights = "random"
-    config.batch_size = 8
-    config.total_steps = 2
-    config.prototypes.iterations = 3
-    config.synthesis.max_textures = 20
-    config.data.data_dir = str(tmp_path_factory.mktemp("records"))
-    # Brackets are a pattern to whoever globs.
-    workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
-    experiment.train_and_evaluate(config, str(workdir))
-    return workdir / PRODUCT
+    return train_briefly(config, tmp_path_factory) / PRODUCT
 
 
 def execute(script, *arguments):
