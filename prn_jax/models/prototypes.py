@@ -30,10 +30,13 @@ def nearest(
     """Index of the prototype at the least L2 distance over the whole map.
 
     `argmin_k |p_k|^2 - 2 <f, p_k>` is one matrix product; the direct difference would need a
-    tensor of b * k maps.
+    tensor of b * k maps. Both are taken from the prototypes' mean: long products of uncentred
+    maps are rounded by more than two prototypes' distances may differ, otherwise by each runtime.
     """
     flat = features.reshape(features.shape[0], -1).astype(jnp.float32)
     centres = prototypes.reshape(prototypes.shape[0], -1)
+    mean = jnp.mean(centres, axis=0)
+    flat, centres = flat - mean, centres - mean
     return jnp.argmin(_distances(flat, centres), axis=1)
 
 

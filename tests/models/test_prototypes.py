@@ -73,6 +73,14 @@ def test_nearest_and_residuals_equal_the_direct_computation():
     np.testing.assert_allclose(prototypes.residuals(f, m), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_nearest_of_maps_with_a_large_mean():
+    rng = np.random.default_rng(0)
+    features, maps = (100 + rng.normal(size=(n, 8, 8, 32)).astype(np.float32) for n in (20, 5))
+    direct = np.square(features[:, None].astype(np.float64) - maps[None]).sum((2, 3, 4))
+    found = prototypes.nearest(jnp.asarray(features), jnp.asarray(maps))
+    np.testing.assert_array_equal(found, direct.argmin(1))
+
+
 @pytest.mark.parametrize(("images", "k"), [(209, 20), (60, 6), (391, 39), (3, 1)])
 def test_number_of_prototypes(images, k):
     assert prototypes.num_prototypes(images, 0.1) == k
