@@ -75,7 +75,7 @@ def test_nearest_and_residuals_equal_the_direct_computation():
 
 def test_nearest_of_maps_with_a_large_mean():
     rng = np.random.default_rng(0)
-    features, maps = (100 + rng.normal(size=(n, 8, 8, 32)).astype(np.float32) for n in (20, 5))
+    features, maps = (1000 + rng.normal(size=(n, 8, 8, 32)).astype(np.float32) for n in (20, 5))
     direct = np.square(features[:, None].astype(np.float64) - maps[None]).sum((2, 3, 4))
     found = prototypes.nearest(jnp.asarray(features), jnp.asarray(maps))
     np.testing.assert_array_equal(found, direct.argmin(1))
