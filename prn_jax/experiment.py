@@ -306,7 +306,7 @@ def _run_category(
     normals = explain.Normals.of(shown_normals.id, shown_normals.image, describe(shown_normals))
     nearest = normals.nearest(describe(data.test))
     metrics = evaluate_rankings(*_rankings(data, maps, scores))
-    inside = np.ones(maps.shape[1:], bool) if data.roi is None else data.roi > 0
+    inside = slice(None) if data.roi is None else data.roi > 0
     chosen = thresholds.choose(
         scores,
         data.test.label,
@@ -390,6 +390,8 @@ def _inside(predicted, inside):
 def _rankings(data, maps, scores):
     """Of the images, and of the pixels of those whose mask is known."""
     test, known = data.test, data.test.has_mask
+    # A copy of the maps is large.
+    known = slice(None) if known.all() else known
     pixels = rank_pixels(maps[known], test.mask[known], data.roi)
     return rank_images(scores, test.label), pixels
 

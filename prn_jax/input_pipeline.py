@@ -19,7 +19,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from prn_jax import datasets, images
+from prn_jax import datasets, disk, images
 from prn_jax.datasets.roi import from_text
 from prn_jax.errors import UserError
 from prn_jax.synthesis.foreground import cached_foreground, describe
@@ -67,8 +67,8 @@ class Images:
     def pick(self, index: np.ndarray) -> "Images":
         """Those of these numbers."""
         return Images(
-            self.image[index],
-            self.mask[index],
+            disk.rows(self.image, index),
+            disk.rows(self.mask, index),
             [self.defect[i] for i in index],
             [self.id[i] for i in index],
             self.has_mask[index],
@@ -222,20 +222,21 @@ def _say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
 
 def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]) -> Images:
     """Decodes and resizes a split as prediction does, by `images`, several images at a time."""
+    count = builder.info.splits[split].num_examples if split in builder.info.splits else 0
+    image, mask = disk.zeros((count, *size, 3), np.uint8), disk.zeros((count, *size), np.uint8)
     found, vanished = [], []
 
-    def read(record):
-        mask = np.asarray(Image.open(io.BytesIO(record["mask"])))
-        small = images.resize_mask(mask, size)
-        if mask.any() and not small.any():
-            vanished.append((record["id"].decode(), mask))
-        return (
-            images.resize(images.decode(record["image"]), size), small,
-            record["defect"].decode(), record["id"].decode(), bool(record["has_mask"]),
-        )  # fmt: skip
+    def read(number, record):
+        image[number] = images.resize(images.decode(record["image"]), size)
+        large = np.asarray(Image.open(io.BytesIO(record["mask"])))
+        if large.any():  # what nothing is written to takes no memory
+            mask[number] = images.resize_mask(large, size)
+            if not mask[number].any():
+                vanished.append((record["id"].decode(), large))
+        return record["defect"].decode(), record["id"].decode(), bool(record["has_mask"])
 
-    if split in builder.info.splits:
-        records = iter(
+    if count:
+        records = enumerate(
             builder.as_dataset(
                 split=split,
                 read_config=tfds.ReadConfig(try_autocache=False),
@@ -245,16 +246,10 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, i
         )
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             while some := list(itertools.islice(records, 64)):  # encoded images held at a time
-                found.extend(pool.map(read, some))
+                found.extend(pool.map(lambda numbered: read(*numbered), some))
     _say_vanished(split, sorted(vanished, key=lambda x: x[0]), size)
-    image, mask, defect, id_, has_mask = zip(*found) if found else [()] * 5
-    return Images(
-        np.array(image, np.uint8).reshape(-1, *size, 3),
-        np.array(mask, np.uint8).reshape(-1, *size),
-        list(defect),
-        list(id_),
-        np.array(has_mask, bool),
-    )
+    defect, id_, has_mask = zip(*found) if found else [()] * 3
+    return Images(image, mask, list(defect), list(id_), np.array(has_mask, bool))
 
 
 def _say_vanished(

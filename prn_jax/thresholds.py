@@ -70,7 +70,8 @@ def choose(
     if len(scores) and 0 < normal.sum() < len(scores):
         image = _by_f1(scores, ~normal, len(scores))
     if marked[usable].any() and not masks[usable].all():
-        pixel = _by_f1(maps[usable], masks[usable] != 0, int(usable.sum()))
+        chosen = slice(None) if usable.all() else usable  # a copy of the maps is large
+        pixel = _by_f1(maps[chosen], masks[chosen] != 0, int(usable.sum()))
     # Where test images chose a threshold above, their false alarms are what it is judged by.
     spare = normal & (image is None)
     known_normal = np.concatenate([held_scores, scores[spare]])

@@ -38,6 +38,7 @@ class PRN(nn.Module):
       memory_scales: scales with a memory, counted from 1.
       window: see `window_residuals`; 0: none.
       use_stem: the decoder sees what enters stage 1, at stride 2.
+      decoder_channels: width of the decoder's levels at strides 4, 8 and 16.
       num_centres: of `WholeImage`.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       tiling: of the images whose tiles it sees; None: it sees whole images. The region of interest
@@ -56,6 +57,7 @@ class PRN(nn.Module):
     memory_scales: tuple[int, ...] = (1, 2, 3)
     window: int = 0
     use_stem: bool = False
+    decoder_channels: tuple[int, ...] = Decoder.channels
     num_centres: int = 1
     trained: bool = True
     tiling: Tiling | None = None
@@ -78,7 +80,7 @@ class PRN(nn.Module):
             for _ in range(SCALES)
         ]
         self.fuse_attended = MultiScaleFusion(self.dtype)
-        self.decoder = Decoder(dtype=self.dtype)
+        self.decoder = Decoder(self.decoder_channels, self.dtype)
 
     def __call__(
         self, image: UInt8[Array, "b height width 3"], train: bool = False
@@ -196,7 +198,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
       config: the configuration.
       num_prototypes: of each place of a tile, and scale.
     """
-    memory = config.get("memory", {})
+    memory, decoder = config.get("memory", {}), config.get("decoder", {})
     # Before there was a memory, no steps meant as many as `epochs` says.
     trained = config.total_steps != 0 or not memory
     tiling = Tiling.of(config)
@@ -208,7 +210,10 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         attention_layers=config.attention.layers,
         divisions=tuple(config.attention.divisions),
         use_prototypes=config.prototypes.get("enabled", True),
-        use_stem=config.get("decoder", {}).get("stem", False),
+        use_stem=decoder.get("stem", False),
+        decoder_channels=tuple(
+            max(4, round(decoder.get("width", 1.0) * x)) for x in Decoder.channels
+        ),
         use_fusion=config.get("fusion", {}).get("enabled", True),
         num_patches=memory.get("patches", 0),
         memory_scales=tuple(memory.get("scales", (1, 2, 3))),

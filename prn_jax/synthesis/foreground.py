@@ -84,12 +84,14 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
       The foreground, uint8 [n, h, w] in {0, 1}, and whether the category is an object; on a
       texture, and where the estimate is not trustworthy, all is foreground.
     """
-    everything = np.ones(images.shape[:3], np.uint8)
     step = max(1, min(images.shape[1:3]) // 128)
     small = images[:, ::step, ::step]
-    distance = np.stack([_distance_from_corners(image) for image in small])
+    distance = np.empty(small.shape[:3], np.float32)
+    for i, image in enumerate(small):
+        distance[i] = _distance_from_corners(image)
     threshold, separation = _otsu(distance)
     products = distance > threshold
+    del distance
     corner = _corners(products.shape[1:])
     in_corners, coverage = products[:, corner].mean(), products.mean()
     stands_out = (
@@ -98,15 +100,16 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
     if not stands_out or np.median([_crossings(x) for x in products]) > _MOST_CROSSINGS:
         products = _unlike_frame(small)
     if products is None:
-        return everything, bool(stands_out)
+        return np.ones(images.shape[:3], np.uint8), bool(stands_out)
     products = np.stack([_tidy(x) for x in products])
     if (products.mean(axis=(1, 2)) < _LEAST / 2).mean() > 0.05:
-        return everything, False
-    products = products.repeat(step, axis=1).repeat(step, axis=2)
-    everything[:] = products[:, : images.shape[1], : images.shape[2]]
-    # An image in which nothing was found is all foreground rather than none.
-    everything[~everything.any(axis=(1, 2))] = 1
-    return everything, True
+        return np.ones(images.shape[:3], np.uint8), False
+    foreground = np.empty(images.shape[:3], np.uint8)
+    for whole, product in zip(foreground, products):
+        large = product.repeat(step, axis=0).repeat(step, axis=1)
+        # An image in which nothing was found is all foreground rather than none.
+        whole[:] = large[: images.shape[1], : images.shape[2]] if product.any() else 1
+    return foreground, True
 
 
 def _unlike_frame(images: np.ndarray) -> np.ndarray | None:

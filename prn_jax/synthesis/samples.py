@@ -1,5 +1,6 @@
 """One training sample of any kind: a normal image, a seen anomaly, an extended or simulated one."""
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,8 +51,8 @@ class SampleMaker:
         self._config = config.synthesis
         self._seed = config.seed
         size = tuple(config.image_size)
-        self._normals = tf.constant(normal)
-        self._foreground = tf.constant(foreground)
+        self._shape = normal.shape[1:]
+        self._arrays = {"normal": normal, "foreground": foreground}
         self._points = tf.constant(foreground_points(foreground))
         self._has_seen = len(seen) > 0
         self._seen = tf.constant(seen), tf.constant(seen_mask)
@@ -109,11 +110,18 @@ class SampleMaker:
             )
             image = turn(image, self._turns, which)
             mask = turn(mask[..., None], self._turns, which)[..., 0]
-        shape = self._normals.shape[1:]
-        return tf.ensure_shape(image, shape), tf.ensure_shape(mask, shape[:2])
+        return tf.ensure_shape(image, self._shape), tf.ensure_shape(mask, self._shape[:2])
+
+    def _row(self, name, index):
+        """One of the arrays' rows; they stay where they are, which may be on disk."""
+        # TensorFlow keeps what it calls for good: that must not keep the arrays.
+        maker, array = weakref.ref(self), self._arrays[name]
+        dtype, shape = array.dtype, array.shape[1:]
+        row = tf.numpy_function(lambda i: maker()._arrays[name][i], [index], dtype, stateful=False)
+        return tf.ensure_shape(row, shape)
 
     def _normal(self, index, seed):
-        image = self._normals[index]
+        image = self._row("normal", index)
         mask = tf.zeros(image.shape[:2], tf.uint8)
         return self._lightly(image, mask, self._config.augment_normal, Draws(seed))
 
@@ -141,7 +149,10 @@ class SampleMaker:
 
     def _extended(self, index, seed):
         image, mask = self._extend(
-            self._normals[index], self._foreground[index] > 0, self._points[index], Draws(seed)
+            self._row("normal", index),
+            self._row("foreground", index) > 0,
+            self._points[index],
+            Draws(seed),
         )
         return self._or_square(image, mask, index, seed)
 
@@ -149,7 +160,7 @@ class SampleMaker:
         # Where the image is rough by itself, an anomaly must stand out from that.
         contrast = self._config.simulated_contrast * self._roughness[index]
         image, mask = self._simulate(
-            self._normals[index], self._foreground[index] > 0, contrast, seed
+            self._row("normal", index), self._row("foreground", index) > 0, contrast, seed
         )
         return self._or_square(image, mask, index, seed)
 
@@ -157,7 +168,7 @@ class SampleMaker:
         image, mask = tf.cond(
             tf.reduce_any(mask),
             lambda: (image, mask),
-            lambda: self._square(self._normals[index], self._points[index], Draws(seed)),
+            lambda: self._square(self._row("normal", index), self._points[index], Draws(seed)),
         )
         return image, tf.cast(mask, tf.uint8)
 
