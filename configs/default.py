@@ -101,9 +101,11 @@ def get_config() -> ConfigDict:
     # Whether the decoder sees the backbone's first map too, at stride 2, for sharper borders.
     # MemSeg, PRN's ancestor, does; Fig. 3 shows nothing finer than stride 4.
     config.decoder.stem = False
-    # Share of the decoder's channels, 64, 128 and 256 at strides 4, 8 and 16. Fewer are
-    # faster: configs/fast.py.
+    # For speed (configs/fast.py): the share of the decoder's channels, 64, 128 and 256 at strides
+    # 4, 8 and 16, and the stride of its finest level, 1, 2 or 4, from which logits are brought up
+    # bilinearly to the image's size.
     config.decoder.width = 1.0
+    config.decoder.stride = 1
 
     # --- the loss (PRNet and DiffusionAD agree) ------------------------------------------------
     config.loss = ConfigDict()

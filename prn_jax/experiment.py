@@ -107,6 +107,7 @@ def checked(config: ConfigDict) -> ConfigDict:
         "prototypes.iterations": config.prototypes.iterations,
         "prototypes.max_images": config.prototypes.max_images,
         "optimizer.learning_rate": config.optimizer.learning_rate,
+        "decoder.width": config.decoder.width,
     }
     for field, value in positive.items():
         if value <= 0:
@@ -116,6 +117,10 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.total_steps == 0 and not config.memory.patches:
         config.memory.patches = 4096
     _check_memory(config.memory)
+    if config.decoder.stride not in (1, 2, 4):
+        raise UserError(f"decoder.stride={config.decoder.stride}: give 1, 2 or 4")
+    if config.decoder.stem and config.decoder.stride == 4:
+        raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
     if not 0 <= config.data.holdout < 1:
         raise UserError(f"data.holdout={config.data.holdout}: give a share from 0 to below 1")
     if not all(0 < rate < 1 for rate in config.thresholds.false_alarms):

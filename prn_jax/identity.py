@@ -39,6 +39,7 @@ FREE_FIELDS = (
 _BEFORE = {
     "data.holdout": 0.0,
     "decoder.stem": False,
+    "decoder.stride": 1,
     "decoder.width": 1.0,
     "loss.dice_weight": 0.0,
     "optimizer.average": 0.0,

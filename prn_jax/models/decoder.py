@@ -17,10 +17,12 @@ class Decoder(nn.Module):
 
     Attributes:
       channels: width of the levels at strides 4, 8 and 16.
+      stride: of the finest level, 1, 2 or 4; its logits are brought up to the image's size.
       dtype: compute type; the logits are float32.
     """
 
     channels: tuple[int, ...] = (64, 128, 256)
+    stride: int = 1
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -48,10 +50,13 @@ class Decoder(nn.Module):
             x = jnp.concatenate([x, skip.astype(x.dtype)], axis=-1)
             x = ConvNormReLU(width, self.dtype)(x, train)
             x = ConvNormReLU(width, self.dtype)(x, train)
-        for width, skip in ((self.channels[0] // 2, stem), (self.channels[0] // 4, None)):
+        finer = {4: 0, 2: 1, 1: 2}[self.stride]
+        levels = (self.channels[0] // 2, stem), (self.channels[0] // 4, None)
+        for width, skip in levels[:finer]:
             x = upsample(conv1x1(width, self.dtype)(x))
             if skip is not None:
                 skip = conv1x1(width, self.dtype, "stem")(skip.astype(x.dtype))
                 x = jnp.concatenate([x, skip], axis=-1)
             x = ConvNormReLU(width, self.dtype)(x, train)
-        return nn.Conv(1, (3, 3), dtype=jnp.float32, name="logit")(x)[..., 0]
+        logit = nn.Conv(1, (3, 3), dtype=jnp.float32, name="logit")(x)
+        return upsample(logit, 2 - finer)[..., 0]

@@ -39,6 +39,7 @@ class PRN(nn.Module):
       window: see `window_residuals`; 0: none.
       use_stem: the decoder sees what enters stage 1, at stride 2.
       decoder_channels: width of the decoder's levels at strides 4, 8 and 16.
+      decoder_stride: of its finest level.
       num_centres: of `WholeImage`.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       tiling: of the images whose tiles it sees; None: it sees whole images. The region of interest
@@ -58,6 +59,7 @@ class PRN(nn.Module):
     window: int = 0
     use_stem: bool = False
     decoder_channels: tuple[int, ...] = Decoder.channels
+    decoder_stride: int = 1
     num_centres: int = 1
     trained: bool = True
     tiling: Tiling | None = None
@@ -80,7 +82,7 @@ class PRN(nn.Module):
             for _ in range(SCALES)
         ]
         self.fuse_attended = MultiScaleFusion(self.dtype)
-        self.decoder = Decoder(self.decoder_channels, self.dtype)
+        self.decoder = Decoder(self.decoder_channels, self.decoder_stride, self.dtype)
 
     def __call__(
         self, image: UInt8[Array, "b height width 3"], train: bool = False
@@ -214,6 +216,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         decoder_channels=tuple(
             max(4, round(decoder.get("width", 1.0) * x)) for x in Decoder.channels
         ),
+        decoder_stride=decoder.get("stride", 1),
         use_fusion=config.get("fusion", {}).get("enabled", True),
         num_patches=memory.get("patches", 0),
         memory_scales=tuple(memory.get("scales", (1, 2, 3))),

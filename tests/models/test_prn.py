@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import default
 from prn_jax import evaluate
@@ -109,3 +110,17 @@ def test_the_decoder_may_see_the_first_map(name):
     stem = create_backbone(name, return_stem=True)
     maps = jax.eval_shape(stem.init_with_output, jax.random.key(0), jnp.zeros((1, 64, 96, 3)))[0]
     assert [x.shape[1:3] for x in maps] == [(32, 48), (16, 24), (8, 12), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize(("stride", "levels"), [(1, 5), (2, 4), (4, 3)])
+def test_a_coarser_and_narrower_decoder_leaves_levels_out(stride, levels):
+    """Its logits are of the image's size, and the widest kernel is half as wide."""
+    image = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.uint8)
+    model = PRN(attention_layers=0, decoder_channels=(32, 64, 128), decoder_stride=stride)
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    assert logits.shape == (2, 64, 96)
+    decoder = flatten_dict(variables["params"]["decoder"])
+    kernels = [x.shape for path, x in decoder.items() if path[-1] == "kernel"]
+    ones = [x for x in kernels if x[:2] == (1, 1)]
+    assert len(ones) == levels
+    assert max(x[-1] for x in kernels) == 128

@@ -1,0 +1,19 @@
+"""For CPUs without an accelerator, and lines that do not wait: MVTec AD, or with a folder's fields.
+
+python launch/main.py --config=configs/fast.py --config.data.name=folder \
+    --config.data.manual_dir=/path/to/images --config.data.holdout=0.1
+"""
+
+from ml_collections import ConfigDict
+
+from prn_jax.configs import default
+
+
+def get_config() -> ConfigDict:
+    """Returns the default with a smaller network; docs/benchmarks.md has its price."""
+    config = default.get_config()
+    config.backbone.name = "efficientnet_lite0"
+    config.attention.layers = 1
+    config.decoder.width = 0.5
+    config.decoder.stride = 4
+    return config
