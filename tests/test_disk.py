@@ -71,7 +71,7 @@ def test_images_on_disk_are_the_same_and_train_the_same(tmp_path, monkeypatch):
     assert one == other
 
 
-def test_a_pipeline_lets_go_of_its_images():
+def test_a_pipeline_lets_go_of_its_images(all_large):
     data = make_data()
     image = weakref.ref(data.train.image)
     batches(make_config(), data, total_steps=1)

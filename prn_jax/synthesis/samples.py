@@ -8,6 +8,7 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
 
+from prn_jax import disk
 from prn_jax.synthesis import augment
 from prn_jax.synthesis.augment import Draws
 from prn_jax.synthesis.blending import blend, is_grey, to_grey
@@ -52,7 +53,11 @@ class SampleMaker:
         self._seed = config.seed
         size = tuple(config.image_size)
         self._shape = normal.shape[1:]
-        self._arrays = {"normal": normal, "foreground": foreground}
+        # Large arrays are not copied into TensorFlow's memory, where reading them is faster.
+        self._arrays = {
+            name: tf.constant(array) if array.nbytes < disk.LARGE else array
+            for name, array in (("normal", normal), ("foreground", foreground))
+        }
         self._points = tf.constant(foreground_points(foreground))
         self._has_seen = len(seen) > 0
         self._seen = tf.constant(seen), tf.constant(seen_mask)
@@ -113,10 +118,12 @@ class SampleMaker:
         return tf.ensure_shape(image, self._shape), tf.ensure_shape(mask, self._shape[:2])
 
     def _row(self, name, index):
-        """One of the arrays' rows; they stay where they are, which may be on disk."""
+        """One of the arrays' rows."""
+        array = self._arrays[name]
+        if isinstance(array, tf.Tensor):
+            return array[index]
         # TensorFlow keeps what it calls for good: that must not keep the arrays.
-        maker, array = weakref.ref(self), self._arrays[name]
-        dtype, shape = array.dtype, array.shape[1:]
+        maker, dtype, shape = weakref.ref(self), array.dtype, array.shape[1:]
         row = tf.numpy_function(lambda i: maker()._arrays[name][i], [index], dtype, stateful=False)
         return tf.ensure_shape(row, shape)
 
