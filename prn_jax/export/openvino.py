@@ -6,6 +6,7 @@ in it otherwise, too coarsely for the levels of a resize and for the figures tha
 
 import json
 import pathlib
+import sys
 import tempfile
 
 from prn_jax.export import onnx
@@ -14,6 +15,7 @@ from prn_jax.export.graph import Graph
 NEEDS = ("jax2onnx", "onnxruntime", "openvino")
 IS_EXACT = False
 RUNNER = """
+sys.modules.setdefault("openvino_telemetry", None)
 import openvino
 compiled = openvino.Core().compile_model(
     path + "/model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
@@ -35,6 +37,8 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
     Raises:
       UserError: see `onnx.write`.
     """
+    # Its Python package reports to a server that it is used, as soon as it is imported.
+    sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +47,6 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
         for source, target in ((file, path), (file_alone, alone)):
             if target is None:
                 continue
-            # Not `convert_model`, which reports its use to a server.
             model = openvino.Core().read_model(str(source))
             for name, value in graph.about.items():
                 text = value if isinstance(value, str) else json.dumps(value)
