@@ -394,10 +394,8 @@ def _inside(predicted, inside):
 
 def _rankings(data, maps, scores):
     """Of the images, and of the pixels of those whose mask is known."""
-    test, known = data.test, data.test.has_mask
-    # A copy of the maps is large.
-    known = slice(None) if known.all() else known
-    pixels = rank_pixels(maps[known], test.mask[known], data.roi)
+    test = data.test
+    pixels = rank_pixels(maps, test.mask, data.roi, test.has_mask)
     return rank_images(scores, test.label), pixels
 
 

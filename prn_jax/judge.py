@@ -145,7 +145,7 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
     )
     known, label = found.has_mask, found.label
     metrics = evaluate_rankings(
-        rank_images(scores, label), rank_pixels(maps[known], found.mask[known], roi)
+        rank_images(scores, label), rank_pixels(maps, found.mask, roi, known)
     )
     chosen = {"stored": detector.thresholds}
     if (label == 0).any():  # Without normal images nothing but those that were trained on is left.

@@ -25,6 +25,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 from scipy import ndimage
 
+from prn_jax import disk
+
 PRO_FPR_LIMIT = 0.3
 
 # Both axes of a curve, [t] each.
@@ -79,6 +81,7 @@ def rank_pixels(
     maps: Float[np.ndarray, "n h w"],
     masks: Integer[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"],
     roi: Integer[np.ndarray, "h w"] | None = None,
+    known: Bool[np.ndarray, " n"] | None = None,
 ) -> Ranking:
     """Ranks the pixels of all maps together, with the overlap of the masks' regions.
 
@@ -88,10 +91,13 @@ def rank_pixels(
       maps: [n, h, w], higher is more anomalous.
       masks: [n, h, w], 0 normal, anything else anomalous.
       roi: [h, w], only where it is not 0 a pixel counts; None: everywhere.
+      known: [n], whether an image's mask is known: others do not count; None: of all.
 
     Raises:
       ValueError: shapes differ, or a value is NaN.
     """
+    if known is not None:
+        maps, masks = (disk.rows(x, np.flatnonzero(known)) for x in (maps, masks))
     anomalous = masks != 0
     if roi is None:
         return _rank(maps, anomalous, _region_weights(anomalous))

@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 from scipy import stats
 
-from prn_jax import metrics
+from prn_jax import disk, metrics
 from prn_jax.errors import UserError
 
 Thresholds = dict[str, Any]
@@ -70,8 +70,8 @@ def choose(
     if len(scores) and 0 < normal.sum() < len(scores):
         image = _by_f1(scores, ~normal, len(scores))
     if marked[usable].any() and not masks[usable].all():
-        chosen = slice(None) if usable.all() else usable  # a copy of the maps is large
-        pixel = _by_f1(maps[chosen], masks[chosen] != 0, int(usable.sum()))
+        some_maps, some_masks = (disk.rows(x, np.flatnonzero(usable)) for x in (maps, masks))
+        pixel = _by_f1(some_maps, some_masks != 0, int(usable.sum()))
     # Where test images chose a threshold above, their false alarms are what it is judged by.
     spare = normal & (image is None)
     known_normal = np.concatenate([held_scores, scores[spare]])

@@ -215,3 +215,14 @@ def test_the_input_is_left_alone():
     metrics.rank_pixels(maps, masks)
     np.testing.assert_array_equal(maps, copies[0])
     np.testing.assert_array_equal(masks, copies[1])
+
+
+def test_images_whose_mask_is_not_known_count_no_pixels():
+    rng = np.random.default_rng(0)
+    maps, masks = rng.random((4, 6, 5)), rng.integers(0, 2, (4, 6, 5))
+    known = np.array([True, False, True, True])
+    found = metrics.rank_pixels(maps, masks, known=known)
+    expected = metrics.rank_pixels(maps[known], masks[known])
+    assert found.positives + found.negatives == 3 * 30
+    for name in ("threshold", "tp", "fp", "overlap"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))

@@ -159,7 +159,7 @@ def test_the_conformal_threshold_is_the_kth_smallest_score():
 
 
 def test_too_few_images_are_said_with_how_many_it_takes(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")
     none, one = np.zeros(0, np.float32), np.ones(1)
     labels = np.array([0, 1])
     rows = thresholds.at_rates(calibrated([0.1] * 20), (0.001, 0.01, 0.05), labels, labels)
