@@ -30,13 +30,13 @@ def nearest(
     """Index of the prototype at the least L2 distance over the whole map.
 
     `argmin_k |p_k|^2 - 2 <f, p_k>` is one matrix product; the direct difference would need a
-    tensor of b * k maps. Both are taken from the prototypes' mean: long products of uncentred
-    maps are rounded by more than two prototypes' distances may differ, otherwise by each runtime.
+    tensor of b * k maps. Both are taken from the first prototype: long products of maps far from 0
+    are rounded by more than two prototypes' distances may differ, otherwise by each runtime. (Their
+    mean would do as well, but adds a quarter to the time that one image takes on a CPU.)
     """
     flat = features.reshape(features.shape[0], -1).astype(jnp.float32)
     centres = prototypes.reshape(prototypes.shape[0], -1)
-    mean = jnp.mean(centres, axis=0)
-    flat, centres = flat - mean, centres - mean
+    flat, centres = flat - centres[0], centres - centres[0]
     return jnp.argmin(_distances(flat, centres), axis=1)
 
 
