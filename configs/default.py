@@ -93,6 +93,8 @@ def get_config() -> ConfigDict:
     config.attention = ConfigDict()
     # Attention layers per scale, N of Fig. 3. PRNet: 3.
     config.attention.layers = 3
+    # Scales that have them, counted from 1 (stride 4). Fig. 3: all; without 1 it is faster.
+    config.attention.scales = (1, 2, 3)
     # The map is cut into d x d patches for each d; each d owns an equal share of the channels.
     # Fig. 3 draws several sizes; PRNet's are H, H/2, H/4, H/8.
     config.attention.divisions = (1, 2, 4, 8)

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.backbone.name = "efficientnet_lite0"
     config.attention.layers = 1
+    config.attention.scales = (2, 3)
     config.decoder.width = 0.5
     config.decoder.stride = 4
     return config

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,7 @@ def checked(config: ConfigDict) -> ConfigDict:
         )
     if config.num_seen < 0:
         raise UserError(f"num_seen={config.num_seen}: give 0 or more")
+    _check_scales("attention.scales", config.attention.scales)
     if not config.attention.divisions or not all(
         isinstance(x, int) and x >= 1 for x in config.attention.divisions
     ):
@@ -157,12 +158,15 @@ def _check_tiles(config: ConfigDict) -> None:
         )
 
 
+def _check_scales(field: str, scales: Sequence[int]) -> None:
+    if not scales or not set(scales) <= {1, 2, 3} or len(set(scales)) < len(scales):
+        raise UserError(f"{field}={tuple(scales)}: give some of 1, 2, 3, each once")
+
+
 def _check_memory(memory: ConfigDict) -> None:
     if memory.patches < 0:
         raise UserError(f"memory.patches={memory.patches}: give 0 or more")
-    scales = tuple(memory.scales)
-    if not scales or not set(scales) <= {1, 2, 3} or len(set(scales)) < len(scales):
-        raise UserError(f"memory.scales={scales}: give some of 1, 2, 3, each once")
+    _check_scales("memory.scales", memory.scales)
     if memory.window < 0 or (memory.window and memory.window % 2 == 0):
         raise UserError(f"memory.window={memory.window}: give 0 or an odd number of places")
 

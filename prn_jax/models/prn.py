@@ -31,6 +31,7 @@ class PRN(nn.Module):
       train_stage4: stage 4 is trained (its variables are `params`) or frozen.
       num_prototypes: k, the same for each scale; of tiles, those of all places.
       attention_layers: N of Fig. 3.
+      attention_scales: scales that have them, counted from 1.
       divisions: see `MultiSizeAttention`.
       use_prototypes: the residuals of whole maps are an input.
       use_fusion: scales are fused; otherwise each goes its own way to the decoder.
@@ -51,6 +52,7 @@ class PRN(nn.Module):
     train_stage4: bool = True
     num_prototypes: int = 1
     attention_layers: int = 3
+    attention_scales: tuple[int, ...] = (1, 2, 3)
     divisions: tuple[int, ...] = (1, 2, 4, 8)
     use_prototypes: bool = True
     use_fusion: bool = True
@@ -79,7 +81,9 @@ class PRN(nn.Module):
         self.fuse_residuals = MultiScaleFusion(self.dtype)
         self.attention = [
             [MultiSizeAttention(self.divisions, self.dtype) for _ in range(self.attention_layers)]
-            for _ in range(SCALES)
+            if scale + 1 in self.attention_scales
+            else []
+            for scale in range(SCALES)
         ]
         self.fuse_attended = MultiScaleFusion(self.dtype)
         self.decoder = Decoder(self.decoder_channels, self.decoder_stride, self.dtype)
@@ -210,6 +214,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         # Without training no whole map is compared with; a checkpoint keeps its form.
         num_prototypes=num_prototypes * tiling.count if trained else 1,
         attention_layers=config.attention.layers,
+        attention_scales=tuple(config.attention.get("scales", (1, 2, 3))),
         divisions=tuple(config.attention.divisions),
         use_prototypes=config.prototypes.get("enabled", True),
         use_stem=decoder.get("stem", False),

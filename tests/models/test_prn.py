@@ -58,6 +58,14 @@ def test_the_number_of_attention_layers_counts():
     assert counts == [3, 9]
 
 
+def test_attention_is_where_it_is_asked_for():
+    model = PRN(attention_layers=2, attention_scales=(2, 3))
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    names = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    found = sorted(name for name in names if name.startswith("attention"))
+    assert found == ["attention_1_0", "attention_1_1", "attention_2_0", "attention_2_1"]
+
+
 def test_bfloat16_computes_but_keeps_variables_and_logits_float32():
     model = PRN(attention_layers=1, dtype=jnp.bfloat16)
     variables = init(model, (64, 64))
