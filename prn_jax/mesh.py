@@ -132,6 +132,8 @@ def cache_compilations() -> None:
         base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         folder = pathlib.Path(base).expanduser() / "prn_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        # Forty small programs, below JAX's limit of a second, are most of a warm start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:

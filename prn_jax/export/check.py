@@ -54,18 +54,34 @@ once(parts[0])
 *found, seconds = zip(*map(once, parts))
 assert "prn_jax" not in sys.modules
 found = {str(i): np.concatenate(x)[:count] for i, x in enumerate(found)}
-np.savez(output, **found, images_per_s=len(names) / sum(seconds))
+try:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1e-6 if sys.platform == "darwin" else 1.024e-3
+except ImportError:
+    peak = np.nan
+np.savez(output, **found, images_per_s=len(names) / sum(seconds), memory_mb=peak)
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a runtime gave: maps, float32 [n, h, w], scores and distances, [n], and its speed."""
+    """What a runtime gave, and what it took.
+
+    Attributes:
+      maps: float32 [n, h, w].
+      scores: float32 [n].
+      distances: float32 [n].
+      images_per_s: without reading the files, after the first batch.
+      memory_mb: the most that its process had; nan where the system does not tell, or where the
+        process does other work.
+    """
 
     maps: np.ndarray
     scores: np.ndarray
     distances: np.ndarray
     images_per_s: float
+    memory_mb: float = np.nan
 
     def differences(self, other: "Results") -> tuple[float, float, float]:
         """The largest of any pixel, score and distance; infinite where shapes differ.
@@ -83,7 +99,9 @@ class Results:
     def split(self, count: int) -> tuple["Results", "Results"]:
         """Of the first `count` images, and of the others."""
         return tuple(
-            Results(self.maps[x], self.scores[x], self.distances[x], self.images_per_s)
+            dataclasses.replace(
+                self, maps=self.maps[x], scores=self.scores[x], distances=self.distances[x]
+            )
             for x in (slice(count), slice(count, None))
         )
 
@@ -216,7 +234,8 @@ def run(kind: str, runtime: ModuleType, path: pathlib.Path, files: Sequence[byte
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"the {kind} export does not run in its own runtime: {last}")
         with np.load(found) as stored:
-            return Results(*(stored[x] for x in "012"), float(stored["images_per_s"]))
+            figures = (float(stored[x]) for x in ("images_per_s", "memory_mb"))
+            return Results(*(stored[x] for x in "012"), *figures)
 
 
 def run_checkpoint(compute: Callable, pixels: Sequence[np.ndarray], batch: int) -> Results:

@@ -1,5 +1,6 @@
-"""Images per second of one network in every runtime, measured in one go."""
+"""Networks in every runtime, measured in one go: speed, memory, size on disk."""
 
+import dataclasses
 import pathlib
 import statistics
 import tempfile
@@ -21,40 +22,84 @@ RUNTIMES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One network in one runtime.
+
+    Attributes:
+      network: its number among those given.
+      runtime: a key of `RUNTIMES`.
+      batch: images at a time.
+      images_per_s: of each round.
+      memory_mb: the most that its process had in any round.
+      disk_mb: of the export.
+    """
+
+    network: int
+    runtime: str
+    batch: int
+    images_per_s: list[float]
+    memory_mb: float
+    disk_mb: float
+
+    @property
+    def median(self) -> float:
+        """Images per second."""
+        return statistics.median(self.images_per_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    network: int
+    runtime: str
+    path: pathlib.Path
+    files: list[bytes]
+
+    def run(self, batch: int) -> check.Results:
+        kind = RUNTIMES[self.runtime][0]
+        return check.run(kind, FORMATS[kind], self.path, self.files, batch)
+
+    @property
+    def disk_mb(self) -> float:
+        parts = [self.path, *self.path.rglob("*")]
+        return sum(x.stat().st_size for x in parts if x.is_file()) / 1e6
+
+
 def measure(
-    detector: Detector,
-    calibration: np.ndarray,
+    networks: Sequence[tuple[Detector, np.ndarray]],
     batch_sizes: Sequence[int],
     rounds: int = 3,
     count: int = 64,
-) -> Iterator[tuple[str, int, float, float, float]]:
-    """Measures all runtimes in turn, each in a process of its own, round by round.
+) -> Iterator[Measured]:
+    """Measures all networks in all runtimes in turn, each in its own process, round by round.
 
     Args:
-      detector: from `prn_jax.load`.
-      calibration: uint8 [n, h, w, 3], for the 8-bit ones, and to be computed.
+      networks: from `prn_jax.load`, each with images, uint8 [n, h, w, 3], which calibrate the 8-bit
+        runtimes and are computed.
       batch_sizes: images at a time.
-      rounds: how often; what else the machine does meanwhile meets all runtimes alike.
+      rounds: how often; what else the machine does meanwhile meets all alike.
       count: images per round, at least; the first batch of each does not count.
-
-    Yields:
-      Name, batch size, and the median, least and greatest images per second.
 
     Raises:
       UserError: a package is missing.
     """
-    files = [images.encode_png(calibration[i % len(calibration)]) for i in range(count)]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {}
-        for i, (name, (kind, int8)) in enumerate(RUNTIMES.items()):
-            paths[name] = prepare(kind, pathlib.Path(folder) / str(i), int8)
-            made = graph.make(detector, {}, calibration=calibration if int8 else None)
-            FORMATS[kind].write(made, paths[name])
+    with tempfile.TemporaryDirectory() as name:
+        folder, exports = pathlib.Path(name), []
+        for number, (detector, pixels) in enumerate(networks):
+            files = [images.encode_png(pixels[i % len(pixels)]) for i in range(count)]
+            for name, (kind, int8) in RUNTIMES.items():
+                path = prepare(kind, folder / str(len(exports)), int8)
+                made = graph.make(detector, {}, calibration=pixels if int8 else None)
+                FORMATS[kind].write(made, path)
+                exports.append(_Export(number, name, path, files))
         for batch in batch_sizes:
-            found = {name: [] for name in RUNTIMES}
+            found = [[] for _ in exports]
             for _ in range(rounds):
-                for name, (kind, _) in RUNTIMES.items():
-                    result = check.run(kind, FORMATS[kind], paths[name], files, batch)
-                    found[name].append(result.images_per_s)
-            for name, speeds in found.items():
-                yield name, batch, statistics.median(speeds), min(speeds), max(speeds)
+                for export, results in zip(exports, found):
+                    results.append(export.run(batch))
+            for export, results in zip(exports, found):
+                speeds = [x.images_per_s for x in results]
+                memory = max(x.memory_mb for x in results)
+                yield Measured(
+                    export.network, export.runtime, batch, speeds, memory, export.disk_mb
+                )
