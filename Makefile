@@ -13,9 +13,11 @@ test: $(VENV)/.dev test-export
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
-# The packages of the extra "export" want older versions of others than the suite runs with.
+# The packages of the extra "export" want older versions of others than the suite runs with; Ray is
+# large.
 test-export: $(VENV)-export/.dev
-	$(VENV)-export/bin/python -m pytest tests/test_export_formats.py -k "onnx or openvino"
+	$(VENV)-export/bin/python -m pytest -n 2 --dist loadfile tests/test_ray_data.py \
+		tests/test_export_formats.py -k "onnx or openvino or workers"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -45,7 +47,7 @@ $(VENV)/.dev: $(VENV)/.demo
 $(VENV)-export/.dev: setup.py
 	$(PYTHON) -m venv $(VENV)-export
 	$(VENV)-export/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-export/bin/python -m pip install --quiet -e ".[demo,dev,export]"
+	$(VENV)-export/bin/python -m pip install --quiet -e ".[demo,dev,export,ray]"
 	touch $@
 
 clean:

@@ -97,9 +97,10 @@ def predict_files(
         logging.info("%d of %d images were done before", len(files) - len(missing), len(files))
     if not missing:
         return 0
+    workers = min(workers, len(missing))
     blocks = max(workers, len(missing) // (batch_size * _BATCHES_PER_BLOCK))
     rows = ray.data.from_items(
-        [{"path": path} for path in missing], override_num_blocks=min(blocks, len(missing))
+        [{"path": path} for path in missing], override_num_blocks=blocks
     ).map_batches(
         _Worker,
         fn_constructor_args=(checkpoint, batch_size),
