@@ -14,7 +14,7 @@ import numpy as np
 from prn_jax.errors import UserError, shown
 
 # Bytes; smaller arrays are held in memory.
-LARGE = 2**30
+LARGE = 2**29
 
 
 def zeros(shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
