@@ -321,7 +321,7 @@ def _run_category(
         data.test.label,
         maps[:, inside],
         data.test.mask[:, inside],
-        trained_on=lambda: _inside(predict(data.train), inside),
+        trained_on=lambda: _inside(predict(shown_normals), inside),
         known=data.test.has_mask,
         held=_inside(held, inside),
         distances=(distances, held[2]),

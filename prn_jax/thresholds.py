@@ -8,7 +8,7 @@ Both are chosen apart, each from the best images there are for it, and each says
    normal image scores higher than all n with a probability of at most 1 / (n + 1), whatever the
    distribution, for each of the n + 1 is as likely to be the highest (split conformal prediction:
    Vovk et al., Algorithmic Learning in a Random World, 2005).
-3. Only images that were trained on: the least threshold above all of them. It promises nothing, for
+3. Only images that were trained on: the least threshold above all of those given. It promises nothing, for
    new images score higher than those; a warning says so.
 
 Beside them stay the scores of the normal images that neither were trained on nor decide otherwise:
@@ -48,8 +48,8 @@ def choose(
       labels: 1 for anomalous, 0 for normal, [n].
       maps: float32 [n, ...].
       masks: 0 for a normal pixel, else anomalous, of the same shape.
-      trained_on: returns the maps and scores of the normal training images; called only where
-        nothing else is left.
+      trained_on: returns the maps and scores of normal training images; called only where nothing
+        else is left.
       known: whether an image's mask is known, [n]; default: of all. A mask of an anomalous image
         that marks nothing counts as unknown too.
       held: maps and scores of the normal images that were held out; default: none.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import sys
 
 import numpy as np
@@ -72,7 +73,9 @@ def test_an_export_runs_without_us_and_computes_the_same(
         monkeypatch.setattr(check, "MOST_LOST", 1.0)
         options["calibration"] = split.image[:8]
     out = tmp_path / "out" / "bolt [2]"
+    handlers = list(logging.root.handlers)
     checked = export.export(detector, kind, out, given, input_size=CAMERA, **options)
+    assert logging.root.handlers == handlers
     assert checked.images == len(given)
     if kind == "openvino":  # nobody's server is told of it
         assert sys.modules["openvino_telemetry"] is None
