@@ -8,8 +8,8 @@ Both are chosen apart, each from the best images there are for it, and each says
    normal image scores higher than all n with a probability of at most 1 / (n + 1), whatever the
    distribution, for each of the n + 1 is as likely to be the highest (split conformal prediction:
    Vovk et al., Algorithmic Learning in a Random World, 2005).
-3. Only images that were trained on: the least threshold above all of those given. It promises nothing, for
-   new images score higher than those; a warning says so.
+3. Only images that were trained on: the least threshold above all of those given. It promises
+   nothing, for new images score higher than those; a warning says so.
 
 Beside them stay the scores of the normal images that neither were trained on nor decide otherwise:
 `for_false_alarms` reads off them the threshold that keeps any given rate, by the same argument. The
