@@ -99,10 +99,13 @@ def export(
         raise UserError("no images to compare on")
     runtime, exact = FORMATS[kind], is_exact(kind, calibration is not None)
     about = _about(detector, kind, input_size, batch_size, calibration is not None)
-    made_of = graph.make(detector, about, input_size, batch_size, opset, calibration)
+    made_of = graph.make(
+        detector, about, input_size, batch_size, opset, calibration, runtime.GROUPED_CONVS
+    )
     batch = batch_size or min(16, len(files))
+    compute = graph.make(detector, about).compute  # as prediction does
     small = check.shrunk(made_of, files)
-    checkpoint = check.run_checkpoint(made_of.compute, small, batch)
+    checkpoint = check.run_checkpoint(compute, small, batch)
     expected, of, figures = checkpoint, "the checkpoint", {}
     # In a folder of the system's, whose name every library can write to; `path` has any name.
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +118,7 @@ def export(
             pngs = [images.encode_png(x) for x in (*split.image, *small)]
             found = check.run(kind, runtime, alone, pngs, batch)
             tested, expected = found.split(len(split.image))
-            own = check.run_checkpoint(made_of.compute, split.image, batch)
+            own = check.run_checkpoint(compute, split.image, batch)
             figures = check.judge(kind, split, tested, own)
             of = "the same network without its resize"
         found = check.run(kind, runtime, made, files, batch)

@@ -63,15 +63,16 @@ def make(
     batch: int = 0,
     opset: int | None = None,
     calibration: np.ndarray | None = None,
+    grouped_convs: bool = False,
 ) -> Graph:
-    """The graph of a detector; see `Graph`.
+    """The graph of a detector; see `Graph`, and `backbone.Conv` for the last argument.
 
     Raises:
       UserError: the camera's images are too large for the network.
     """
     size = detector.image_size
     resize.check(given or size, size)
-    model = detector.model.clone(dtype=jnp.float32)
+    model = detector.model.clone(dtype=jnp.float32, grouped_convs=grouped_convs)
     variables = jax.tree.map(jnp.asarray, jax.device_get(detector.variables))
 
     def inspect(image):

@@ -14,6 +14,7 @@ from prn_jax.export.graph import Graph
 
 NEEDS = ("jax2onnx", "onnxruntime", "openvino")
 IS_EXACT = False
+GROUPED_CONVS = True  # its kernel for them
 RUNNER = """
 sys.modules.setdefault("openvino_telemetry", None)
 import openvino

@@ -11,6 +11,7 @@ from prn_jax.export.graph import Graph
 
 NEEDS = ("tensorflow",)
 IS_EXACT = True
+GROUPED_CONVS = False  # XLA
 RUNNER = """
 import tensorflow as tf
 model = tf.saved_model.load(path)

@@ -89,7 +89,9 @@ def measure(
             files = [images.encode_png(pixels[i % len(pixels)]) for i in range(count)]
             for name, (kind, int8) in RUNTIMES.items():
                 path = prepare(kind, folder / str(len(exports)), int8)
-                made = graph.make(detector, {}, calibration=pixels if int8 else None)
+                options = {"calibration": pixels} if int8 else {}
+                options["grouped_convs"] = FORMATS[kind].GROUPED_CONVS
+                made = graph.make(detector, {}, **options)
                 FORMATS[kind].write(made, path)
                 exports.append(_Export(number, name, path, files))
         for batch in batch_sizes:

@@ -58,7 +58,8 @@ def depthwise_conv(
     """One k x k filter per channel, as a sum of shifted images.
 
     XLA fuses the sum into one pass over memory. On CPU its grouped convolution takes 20 to 60
-    times as long; elsewhere both are bound by memory.
+    times as long; elsewhere both are bound by memory. Other runtimes have a kernel for the grouped
+    one (`Conv.grouped`).
     """
     size = kernel.shape[0]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -80,6 +81,7 @@ class Conv(nn.Module):
       tf_padding: pad as TensorFlow's `SAME` does, where the surplus pixel goes to the right and
         bottom; otherwise by `size // 2` on all sides, as torchvision does.
       depthwise: one filter per channel.
+      grouped: as a grouped convolution, for runtimes other than XLA.
       collection: `params` or `backbone`.
       dtype: compute type; the variables are float32.
     """
@@ -89,6 +91,7 @@ class Conv(nn.Module):
     stride: int = 1
     tf_padding: bool = False
     depthwise: bool = False
+    grouped: bool = False
     collection: str = "params"
     dtype: Dtype = jnp.float32
 
@@ -108,12 +111,17 @@ class Conv(nn.Module):
         if self.tf_padding:
             pads = lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME")
             padding = [(int(low), int(high)) for low, high in pads]  # older JAX has NumPy's
-        if self.depthwise:
+        if self.depthwise and not self.grouped:
             return depthwise_conv(x, kernel, self.stride, padding) + bias
-        layout = ("NHWC", "HWIO", "NHWC")
-        return (
-            lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout) + bias
+        found = lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1] // inputs,
         )
+        return found + bias
 
 
 class ResNetBlock(nn.Module):
@@ -205,7 +213,7 @@ class LiteBlock(nn.Module):
       size: of the depthwise kernel, pixels.
       features: output channels.
       stride: of the depthwise conv.
-      collection, dtype: see `Conv`.
+      collection, grouped, dtype: see `Conv`.
     """
 
     expansion: int
@@ -213,6 +221,7 @@ class LiteBlock(nn.Module):
     features: int
     stride: int
     collection: str
+    grouped: bool
     dtype: Dtype
 
     @nn.compact
@@ -225,7 +234,8 @@ class LiteBlock(nn.Module):
         y = x
         if self.expansion > 1:
             y = nn.relu6(conv(inner, 1, "expand_conv")(y))
-        y = conv(inner, self.size, "depthwise_conv", stride=self.stride, depthwise=True)(y)
+        depthwise = {"depthwise": True, "grouped": self.grouped}
+        y = conv(inner, self.size, "depthwise_conv", stride=self.stride, **depthwise)(y)
         y = conv(self.features, 1, "project_conv")(nn.relu6(y))
         return x + y if x.shape == y.shape else y
 
@@ -238,11 +248,13 @@ class EfficientNetLite0(nn.Module):
     Attributes:
       train_stage4: the variables of stage 4 are `params`, and gradients reach them.
       return_stem: what enters stage 1, at stride 2, comes before the four maps.
+      grouped: see `Conv`.
       dtype: compute type.
     """
 
     train_stage4: bool = True
     return_stem: bool = False
+    grouped: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -262,6 +274,7 @@ class EfficientNetLite0(nn.Module):
                     channels,
                     stride if block == 0 else 1,
                     collection="params" if trained else "backbone",
+                    grouped=self.grouped,
                     dtype=self.dtype,
                     name=f"blocks_{index}",
                 )(x)
@@ -346,7 +359,11 @@ def backbone_spec(name: str) -> BackboneSpec:
 
 
 def create_backbone(
-    name: str, train_stage4: bool = True, dtype: Dtype = jnp.float32, return_stem: bool = False
+    name: str,
+    train_stage4: bool = True,
+    dtype: Dtype = jnp.float32,
+    return_stem: bool = False,
+    grouped: bool = False,
 ) -> nn.Module:
     """The module of a backbone.
 
@@ -358,10 +375,13 @@ def create_backbone(
       train_stage4: stage 4 is in `params` and trained, or in `backbone` and frozen.
       dtype: compute type; the variables are float32.
       return_stem: a map of stride 2, what enters stage 1, comes before the four.
+      grouped: see `Conv`; a ResNet has no depthwise convs.
 
     Raises:
       UserError: there is no such backbone.
     """
     spec = backbone_spec(name)
     options = {"train_stage4": train_stage4, "return_stem": return_stem, "dtype": dtype}
+    if spec.module is EfficientNetLite0:
+        options["grouped"] = grouped
     return spec.module(**spec.arguments, **options)

@@ -45,6 +45,7 @@ class PRN(nn.Module):
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       tiling: of the images whose tiles it sees; None: it sees whole images. The region of interest
         is that of the whole image: what a tile has of it, `mask` says.
+      grouped_convs: see `backbone.Conv`.
       dtype: compute type; parameters, statistics, distances and logits are float32.
     """
 
@@ -65,11 +66,12 @@ class PRN(nn.Module):
     num_centres: int = 1
     trained: bool = True
     tiling: Tiling | None = None
+    grouped_convs: bool = False
     dtype: Dtype = jnp.float32
 
     def setup(self):
         self.backbone = create_backbone(
-            self.backbone_name, self.train_stage4, self.dtype, return_stem=True
+            self.backbone_name, self.train_stage4, self.dtype, True, self.grouped_convs
         )
         self.scale = [PrototypeResidual(self.num_prototypes) for _ in range(SCALES)]
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]

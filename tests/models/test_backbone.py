@@ -112,13 +112,15 @@ def test_gradients_stop_at_what_is_frozen(name):
     assert all(np.any(x) for x in jax.tree.leaves(gradients["params"]))
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("shape", [(8, 8), (7, 10), (5, 3)])
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
-def test_depthwise_conv_equals_scipy_and_pads_as_tensorflow(size, stride, shape):
+def test_depthwise_conv_equals_scipy_and_pads_as_tensorflow(grouped, size, stride, shape):
     rng = np.random.default_rng(size * stride)
     x = rng.normal(size=(2, *shape, 3))
     kernel = rng.normal(size=(size, size, 1, 3))
-    conv = backbone.Conv(3, size, stride, tf_padding=True, depthwise=True)
+    options = {"tf_padding": True, "depthwise": True, "grouped": grouped}
+    conv = backbone.Conv(3, size, stride, **options)
     variables = {"params": {"kernel": jnp.array(kernel, jnp.float32), "bias": jnp.zeros(3)}}
     y = conv.apply(variables, jnp.array(x, jnp.float32))
 
