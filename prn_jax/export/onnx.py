@@ -126,11 +126,9 @@ def _quantised(model, images: np.ndarray):
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
             reduce_range=True,
-            nodes_to_exclude=_leading_to("distance", onnx.load(prepared)),
-            # Otherwise whatever takes the input of an 8-bit convolution gets it rounded.
-            extra_options={"DedicatedQDQPair": True},
+            nodes_to_exclude=(frozen := _leading_to("distance", onnx.load(prepared))),
         )
-        return onnx.load(made)
+        return _rounded_for_convs_alone(onnx.load(made), frozen)
 
 
 def _leading_to(output: str, model) -> list[str]:
@@ -143,6 +141,28 @@ def _leading_to(output: str, model) -> list[str]:
             found.add(node.name)
             values += node.input
     return sorted(found)
+
+
+def _rounded_for_convs_alone(model, frozen: list[str]):
+    """Gives back what is not rounded to all but the 8-bit convolutions that take it.
+
+    onnxruntime lets whatever takes the input of one have it rounded. What one puts out is rounded
+    for all: its own kernel does that.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    convs = {x.name for x in model.graph.node if x.op_type == "Conv"} - set(frozen)
+    for node in model.graph.node:
+        if node.name in convs:
+            continue
+        for i, name in enumerate(node.input):
+            restoring = makers.get(name)
+            if restoring is None or restoring.op_type != "DequantizeLinear":
+                continue
+            rounding = makers.get(restoring.input[0])  # a weight has none
+            source = makers.get(rounding.input[0]) if rounding is not None else None
+            if source is not None and source.name not in convs:
+                node.input[i] = rounding.input[0]
+    return model
 
 
 @contextlib.contextmanager
