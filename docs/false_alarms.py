@@ -23,7 +23,7 @@ HELD = flags.DEFINE_integer("held", 21, "Normal images that set the thresholds."
 JUDGED = flags.DEFINE_integer("judged", 21, "Normal images that false alarms are counted on.")
 DRAWS = flags.DEFINE_integer("draws", 20, "Draws of what is held out.")
 PATCHES = flags.DEFINE_integer("patches", 256, "Patches stored per scale.")
-RATES = flags.DEFINE_list("rates", ["0.01", "0.05"], "Shares of false alarms to promise.")
+RATES = flags.DEFINE_multi_float("rate", [0.01, 0.05], "Shares of false alarms to promise.", 0, 1)
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     normal_features = in_batches(extract, data.train.image)
     test_features = in_batches(extract, data.test.image)
     channels = (3, *(x.shape[-1] for x in normal_features[:-1]))
-    whole = {float(rate): [] for rate in RATES.value}
+    whole = {rate: [] for rate in RATES.value}
     for seed in range(DRAWS.value):
         order = np.random.RandomState(seed).permutation(len(data.train))
         kept = [x[order[:count]] for x in normal_features]

@@ -25,11 +25,9 @@ flags.mark_flag_as_required("checkpoint")
 
 def main() -> None:
     """Prints what each network is, and a row for each of them, runtime and batch size."""
-    from etils import epath
-
     from prn_jax import benchmark, predict, results
     from prn_jax.errors import UserError
-    from prn_jax.export import calibration, speed
+    from prn_jax.export import calibration, check, speed
 
     sizes = [int(x) for x in BATCH_SIZES.value if x.isdigit() and int(x)]
     if len(sizes) != len(BATCH_SIZES.value) or not sizes:
@@ -41,11 +39,11 @@ def main() -> None:
         networks.append((detector, calibration.sample(detector, MANUAL_DIR.value)))
         height, width = detector.image_size
         print(f"{number}: {path}: {detector.config.backbone.name}, {height}x{width}")
-        metrics = results.read_run(epath.Path(path))["metrics"]
-        print(
-            "   "
-            + ", ".join(f"{results.COLUMNS[k]} {results.percent(v)}" for k, v in metrics.items())
-        )
+        folder = check.run_folder(pathlib.Path(path))
+        if (folder / "results.json").exists():  # else a copy of the checkpoints alone
+            figures = results.read_run(folder)["metrics"].items()
+            shown = (f"{results.COLUMNS[name]} {results.percent(x)}" for name, x in figures)
+            print(f"   {', '.join(shown)}")
     print("images/s: median (least to greatest); the process' memory at its peak; size on disk")
     for row in speed.measure(networks, sizes, ROUNDS.value):
         least, most = min(row.images_per_s), max(row.images_per_s)

@@ -310,9 +310,9 @@ def _run_category(
     predict = functools.partial(_predict, config, trained.model, trained.variables, mesh=mesh)
     maps, scores, distances = predict(data.test)
     held = predict(data.held)
-    shown_normals = data.train.pick(explain.kept(len(data.train)))
+    some_normals = data.train.pick(explain.kept(len(data.train)))
     describe = functools.partial(_describe, config, trained.model, trained.variables, mesh=mesh)
-    normals = explain.Normals.of(shown_normals.id, shown_normals.image, describe(shown_normals))
+    normals = explain.Normals.of(some_normals.id, some_normals.image, describe(some_normals))
     nearest = normals.nearest(describe(data.test))
     metrics = evaluate_rankings(*_rankings(data, maps, scores))
     inside = slice(None) if data.roi is None else data.roi > 0
@@ -321,7 +321,7 @@ def _run_category(
         data.test.label,
         maps[:, inside],
         data.test.mask[:, inside],
-        trained_on=lambda: _inside(predict(shown_normals), inside),
+        trained_on=lambda: _inside(predict(some_normals), inside),
         known=data.test.has_mask,
         held=_inside(held, inside),
         distances=(distances, held[2]),

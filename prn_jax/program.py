@@ -98,10 +98,10 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    _use_huge_pages()
     if _wants_help(sys.argv[1:]):
         print(_help(sys.modules[main.__module__]))
         sys.exit()
+    _use_huge_pages()
     sys.argv = _with_config_file(sys.argv)
     app.run(
         lambda rest: _guarded(lambda: main(rest[1:]) if positional else main(), afterwards),

@@ -19,7 +19,7 @@ def main(rest):
     print(os.getpid(), sys.prefix, WORD.value, rest, os.environ.get("GLIBC_TUNABLES"))
 
 if __name__ == "__main__":
-    print(os.getpid())
+    print(os.getpid(), flush=True)
     program.run(main, positional=True)
 """
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -40,6 +40,7 @@ def test_memory_is_in_huge_pages_where_programs_decide(tmp_path, given, as_modul
     ours = "glibc.malloc.hugetlb=1"
     expected = [given] if "hugetlb" in (given or "") or not FOR_PROGRAMS else [given, ours]
     number = before[0]
+    assert len(before) == len(expected)  # once, and again where it starts anew
     tunables = ":".join(filter(None, expected))
     assert after == f"{number} {sys.prefix} a b ['ä', '*'] {tunables}"
     assert before == [number] * len(before)

@@ -57,7 +57,8 @@ found = {str(i): np.concatenate(x)[:count] for i, x in enumerate(found)}
 peak = np.nan
 if os.path.exists("/proc/self/status"):  # what getrusage says is the parent's, if that had more
     with open("/proc/self/status") as file:
-        peak = next(int(x.split()[1]) for x in file if x.startswith("VmHWM")) * 1.024e-3
+        held = (int(x.split()[1]) * 1.024e-3 for x in file if x.startswith("VmHWM"))
+        peak = next(held, np.nan)
 np.savez(output, **found, images_per_s=len(names) / sum(seconds), memory_mb=peak)
 """
 
@@ -169,6 +170,12 @@ def read_folder(folder: pathlib.Path, given: Size, white: int) -> list[bytes]:
     return found
 
 
+def run_folder(checkpoint: pathlib.Path) -> pathlib.Path:
+    """`<workdir>/<category>` of a checkpoint that is given by it or by `checkpoints` in it."""
+    folder = checkpoint.expanduser().resolve()
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def read_run(folder: pathlib.Path) -> TestSplit:
     """The test images of a training.
 
@@ -178,8 +185,7 @@ def read_run(folder: pathlib.Path) -> TestSplit:
     Raises:
       UserError: the run has none.
     """
-    folder = folder.expanduser().resolve()
-    folder = folder.parent if folder.name == "checkpoints" else folder
+    folder = run_folder(folder)
     if not (folder / "predictions.npz").exists():
         raise UserError(
             f"no test images of the training in {shown(folder)}: exact formats are compared on a "

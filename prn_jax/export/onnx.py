@@ -116,6 +116,7 @@ def _quantised(model, images: np.ndarray):
         given, prepared, made = (str(pathlib.Path(folder) / x) for x in ("given", "ready", "made"))
         onnx.save(model, given)
         quant_pre_process(given, prepared, skip_symbolic_shape=True)
+        frozen = _leading_to("distance", onnx.load(prepared))
         quantization.quantize_static(
             prepared,
             made,
@@ -126,7 +127,7 @@ def _quantised(model, images: np.ndarray):
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
             reduce_range=True,
-            nodes_to_exclude=(frozen := _leading_to("distance", onnx.load(prepared))),
+            nodes_to_exclude=frozen,
         )
         return _rounded_for_convs_alone(onnx.load(made), frozen)
 

@@ -80,15 +80,18 @@ def measure(
       rounds: how often; what else the machine does meanwhile meets all alike.
       count: images per round, at least; the first batch of each does not count.
 
+    Yields:
+      By batch size, and in it by network and runtime.
+
     Raises:
       UserError: a package is missing.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder, exports = pathlib.Path(name), []
+    with tempfile.TemporaryDirectory() as folder:
+        exports = []
         for number, (detector, pixels) in enumerate(networks):
             files = [images.encode_png(pixels[i % len(pixels)]) for i in range(count)]
             for name, (kind, int8) in RUNTIMES.items():
-                path = prepare(kind, folder / str(len(exports)), int8)
+                path = prepare(kind, pathlib.Path(folder) / str(len(exports)), int8)
                 options = {"calibration": pixels} if int8 else {}
                 options["grouped_convs"] = FORMATS[kind].GROUPED_CONVS
                 made = graph.make(detector, {}, **options)

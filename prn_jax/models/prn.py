@@ -71,7 +71,11 @@ class PRN(nn.Module):
 
     def setup(self):
         self.backbone = create_backbone(
-            self.backbone_name, self.train_stage4, self.dtype, True, self.grouped_convs
+            self.backbone_name,
+            self.train_stage4,
+            self.dtype,
+            return_stem=True,
+            grouped=self.grouped_convs,
         )
         self.scale = [PrototypeResidual(self.num_prototypes) for _ in range(SCALES)]
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
