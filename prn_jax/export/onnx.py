@@ -168,15 +168,10 @@ def _rounded_for_convs_alone(model, frozen: list[str]):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the converters log, and without the handler that logging so gives the root.
-
-    They log their progress, and 220 values that have no type. Through the handler absl's and
-    TensorFlow's messages would be printed from then on.
-    """
-    before, handlers = logging.root.manager.disable, list(logging.root.handlers)
+    """Without what the converters log: their progress, and 220 values that have no type."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(before)
-        logging.root.handlers[:] = handlers

@@ -5,6 +5,7 @@ in it otherwise, too coarsely for the levels of a resize and for the figures tha
 """
 
 import json
+import logging
 import pathlib
 import sys
 import tempfile
@@ -40,8 +41,11 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
     """
     # Its Python package reports to a server that it is used, as soon as it is imported.
     sys.modules.setdefault("openvino_telemetry", None)
+    handlers = list(logging.root.handlers)
     import openvino
 
+    # It takes absl's handler away: everybody's progress would be printed from then on.
+    logging.root.handlers[:] = handlers
     with tempfile.TemporaryDirectory() as folder:
         file, file_alone = (pathlib.Path(folder) / x for x in ("model.onnx", "alone.onnx"))
         onnx.write(graph, file, file_alone)
