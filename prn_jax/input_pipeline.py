@@ -374,6 +374,8 @@ def train_batches(
     data = in_tiles(config, data)
     plan, make = Plan(config, len(data.train), len(data.seen)), sample_maker(config, data)
 
+    # Written in TensorFlow's own conditions and loops: rewriting it takes seconds, for nothing.
+    @tf.autograph.experimental.do_not_convert
     def sample(slot: tf.Tensor) -> dict[str, tf.Tensor]:
         kind, index = plan(slot)
         image, mask = make(kind, index, slot)
