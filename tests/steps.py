@@ -24,6 +24,7 @@ def small_config(records, **changes):
     config.batch_size = 8
     config.total_steps = 20
     config.dtype = "float32"
+    config.optimizer.learning_rate = 1e-3
     config.attention.layers = 1
     config.prototypes.iterations = 5
     config.synthesis.max_textures = 20

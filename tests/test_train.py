@@ -21,6 +21,7 @@ def small_config(**changes):
     config.total_steps = 4
     config.log_every = 2
     config.attention.layers = 1
+    config.optimizer.learning_rate = 1e-3
     config.backbone.weights = "random"
     config.prototypes.iterations = 5
     config.checkpoint.every_steps = 2
