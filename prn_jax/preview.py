@@ -39,7 +39,7 @@ def samples_sheet(config: ConfigDict, data: CategoryData, columns: int = 8) -> I
             [(maker.textures[i], "") for i in spread(len(maker.textures), columns)],
         ),
     ]  # fmt: skip
-    seen, make = spread(len(data.seen), columns), tf.function(maker)
+    seen, make = spread(len(data.seen), columns), tf.function(maker, autograph=False)
     for kind in (SEEN, EXTENDED, SIMULATED):
         if kind != SIMULATED and not len(data.seen):
             continue

@@ -180,7 +180,7 @@ def unfinished_saves(workdir):
     return list(workdir.glob("gravel/checkpoints/*.orbax-checkpoint-tmp/*"))
 
 
-# PRN_KILLS=20 tries more moments.
+# PRN_KILLS=20 tries twenty runs' moments.
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(int(os.environ.get("PRN_KILLS", "1"))))
 def test_a_run_stopped_again_and_again_ends_as_the_uninterrupted_one(
@@ -189,15 +189,14 @@ def test_a_run_stopped_again_and_again_ends_as_the_uninterrupted_one(
     draw, stopped_at = random.Random(number), None
     arguments = command("demo", tmp_path, **demo_fields)
 
-    def look_at(status, log):
-        """A run that was stopped and saved before goes on from there."""
+    def goes_on(log):
+        """From where the run before was stopped and saved, if it was."""
         nonlocal stopped_at
         if stopped_at:
             assert f"resumed from step {stopped_at}" in log
         found = re.search(r"stopped at step (\d+) of 12 and saved; the same command goes on", log)
         stopped_at = found and found[1]
         assert "Traceback" not in log
-        return status, log
 
     def in_a_save():
         while not unfinished_saves(tmp_path):
@@ -212,7 +211,8 @@ def test_a_run_stopped_again_and_again_ends_as_the_uninterrupted_one(
         (signal.SIGINT, in_a_save),
         (signal.SIGKILL, anywhere),
     ):
-        status, log = look_at(*interrupt(arguments, wait, how))
+        status, log = interrupt(arguments, wait, how)
+        goes_on(log)
         if how == signal.SIGKILL:
             assert status == -signal.SIGKILL, log
             assert unfinished_saves(tmp_path) or wait is anywhere
@@ -222,12 +222,12 @@ def test_a_run_stopped_again_and_again_ends_as_the_uninterrupted_one(
             assert not unfinished_saves(tmp_path)
 
     result = execute(with_file_size_limit(2000, arguments))
-    status, log = look_at(result.returncode, result.stderr)
-    assert status == 1
-    lines = log.splitlines()
+    goes_on(result.stderr)
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
     assert re.fullmatch(r"error: cannot write checkpoints to .*: File too large; .*", lines[-1])
     # TensorStore's and Orbax's threads keep quiet about it.
-    assert sum("error" in line.lower() for line in lines) == 1, log
+    assert sum("error" in line.lower() for line in lines) == 1, result.stderr
 
     result = execute(arguments)
     assert result.returncode == 0, result.stderr
