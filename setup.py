@@ -53,6 +53,7 @@ setup(
         "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32", "openvino>=2026.4"],
         "dev": [
             "beartype>=0.20",
+            "filelock>=3.12",
             "hypothesis>=6.100",
             "pytest>=8.3",
             "pytest-xdist>=3.6",

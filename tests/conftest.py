@@ -38,6 +38,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 with contextlib.suppress(ValueError):  # not the main thread
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import filelock  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -49,3 +50,18 @@ def shared() -> pathlib.Path:
     if not (path / "data").is_dir():
         pytest.skip(f"no development data at {path} (set PRN_SHARED)")
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> pathlib.Path:
+    """The folder of a trained network, one for all who ask: whoever is first trains it."""
+    from tests import steps
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "trained"
+    with filelock.FileLock(root / "trained.lock"):
+        if not folder.exists():
+            steps.train_briefly(folder)
+    return folder / steps.PLACE

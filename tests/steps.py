@@ -10,43 +10,42 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from configs import demo
+from configs import demo, folder
 from prn_jax import evaluate, experiment, fitting, input_pipeline, metrics, train
 from prn_jax import mesh as meshes
 from prn_jax.models.prn import create_model
 from prn_jax.models.prototypes import num_prototypes
+from tests import tiny
+from tests.trees import make_mvtec
+
+# Named as people name theirs; brackets are a pattern to whoever globs.
+PRODUCT = "Würfel [2] 骰子"
+PLACE = pathlib.Path("w [2] ü") / PRODUCT
 
 
 def small_config(records, **changes):
-    """The demo at 64x64 pixels, batch 8, one attention layer, with its pretrained backbone."""
+    """The demo at 64x64 pixels, batch 8, one attention layer, on a small backbone."""
+    tiny.register()
     config = demo.get_config()
-    config.image_size = (64, 64)
-    config.batch_size = 8
-    config.total_steps = 20
-    config.dtype = "float32"
-    config.optimizer.learning_rate = 1e-3
-    config.attention.layers = 1
-    config.prototypes.iterations = 5
-    config.synthesis.max_textures = 20
-    config.data.data_dir = str(records)
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict(tiny.FIELDS | {
+        "data.data_dir": str(records), "total_steps": 12, "dtype": "float32",
+        "attention.layers": 1, "fusion.enabled": True, "prototypes.iterations": 5,
+        "optimizer.learning_rate": 1e-3,
+    } | changes)  # fmt: skip
     return experiment.checked(config)
 
 
-def train_briefly(config, tmp_path_factory):
-    """Two steps at 64x64 pixels from random weights; the work folder."""
-    config.image_size = (64, 64)
-    config.attention.layers = 1
-    config.backbone.weights = "random"
-    config.batch_size = 8
-    config.total_steps = 2
-    config.prototypes.iterations = 3
-    config.synthesis.max_textures = 20
-    config.data.data_dir = str(tmp_path_factory.mktemp("records"))
-    # Brackets are a pattern to whoever globs.
-    workdir = tmp_path_factory.mktemp("trained") / "w [2] ü"
-    experiment.train_and_evaluate(config, str(workdir))
-    return workdir
+def train_briefly(root):
+    """Two steps at 64x64 pixels from random weights, of six images; into `PLACE`."""
+    make_mvtec(root / "raw [0] *", PRODUCT, defects={"Riß [1]": 12}, train=6, good=4, size=(64, 64))
+    config = folder.get_config()
+    config.update_from_flattened_dict({
+        "data.manual_dir": str(root / "raw [0] *"), "data.data_dir": str(root / "records"),
+        "image_size": (64, 64), "backbone.name": "efficientnet_lite0", "backbone.weights": "random",
+        "attention.layers": 1, "prototypes.iterations": 3, "synthesis.max_textures": 20,
+        "batch_size": 8, "total_steps": 2,
+    })  # fmt: skip
+    experiment.train_and_evaluate(config, str(root / PLACE.parent))
 
 
 def fit_prototypes(config, data, mesh):

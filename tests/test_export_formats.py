@@ -11,22 +11,13 @@ import pytest
 import sklearn.metrics
 
 import prn_jax
-from configs import demo
 from prn_jax import export, images
 from prn_jax.errors import UserError
 from prn_jax.export import calibration, check
-from tests.steps import train_briefly
 from tests.trees import draw, save
 
 CAMERA = (90, 120)
 ALL = [(kind, False) for kind in export.FORMATS] + [("onnx", True)]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A network of two steps, and where it lies."""
-    config = demo.get_config()
-    return train_briefly(config, tmp_path_factory) / "gravel"
 
 
 def metadata(kind, path):

@@ -1,18 +1,16 @@
 import jax
 import numpy as np
-import pytest
 
 from configs import default
 from prn_jax import fitting, train
 from prn_jax import mesh as meshes
+from tests import tiny
 
 
-@pytest.mark.slow
 def test_prototypes_are_made_of_some_images_where_there_are_many():
+    tiny.register()
     config = default.get_config()
-    config.image_size = (64, 64)
-    config.attention.layers = 0
-    config.backbone.weights = "random"
+    config.update_from_flattened_dict(tiny.FIELDS)
     config.memory.patches = 4
     images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
     mesh = meshes.create_mesh(jax.devices()[:2])

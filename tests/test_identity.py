@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 
-import flax.linen as nn
 import pytest
 
 from configs import default, mvtec
@@ -21,7 +20,7 @@ from configs import folder as folder_config
 from prn_jax import datasets, experiment, identity, pretrained, program, train
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import Identity
-from prn_jax.models import backbone
+from tests import tiny
 from tests.processes import ROOT
 from tests.trees import draw, draw_mask, make_mvtec, save
 
@@ -245,35 +244,10 @@ def test_a_defect_added_changes_the_fingerprint(tmp_path):
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-class Tiny(nn.Module):
-    """A backbone of four convs, which compiles in a moment."""
-
-    train_stage4: bool = True
-    return_stem: bool = False
-    dtype: object = None
-
-    @nn.compact
-    def __call__(self, x):
-        features = [x[:, ::2, ::2]] if self.return_stem else []
-        for name, size in zip(("one_conv", "two_conv", "three_conv", "four_conv"), (4, 2, 2, 2)):
-            collection = "params" if name == "four_conv" else "backbone"
-            x = backbone.Conv(4, 1, size, collection=collection, name=name)(x)
-            features.append(x)
-        return tuple(features)
-
-
-QUICK = {
-    "image_size": (64, 64),
-    "backbone.name": "tiny",
+QUICK = tiny.FIELDS | {
     "category": "bolt",
     "num_seen": 3,
-    "batch_size": 8,
     "total_steps": 12,
-    "backbone.weights": "random",
-    "attention.layers": 0,
-    "fusion.enabled": False,
-    "prototypes.iterations": 2,
-    "synthesis.max_textures": 10,
     "log_every": 1,
     "checkpoint.every_steps": 4,
 }
@@ -303,13 +277,11 @@ def steps_of(folder):
 
 @pytest.fixture(scope="module")
 def finished_once(tmp_path_factory):
-    spec = backbone.BackboneSpec(Tiny, {}, (4, 4, 4, 4), "random")
+    tiny.register()
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backbone.BACKBONES, "tiny", spec)
-        make_mvtec(folder / "raw", "bolt", defects={"dent": 6}, train=6, good=3, size=(64, 64))
-        run(folder)
-        yield folder
+    make_mvtec(folder / "raw", "bolt", defects={"dent": 6}, train=6, good=3, size=(64, 64))
+    run(folder)
+    return folder
 
 
 @pytest.fixture

@@ -15,28 +15,25 @@ import pytest
 from PIL import Image
 
 from prn_jax.checkpoints import Checkpoints
+from tests import tiny
 from tests.processes import ROOT, environment, execute, finish, free_port, start
 from tests.trees import make_mvtec
 
 STEPS = 12
-SMALL = {
-    "image_size": 64,
-    "attention.layers": 1,
-    "backbone.weights": "random",
-    "batch_size": 8,
+SMALL = tiny.FIELDS | {
     "total_steps": STEPS,
     "log_every": 1,
     "checkpoint.every_steps": 2,
-    "prototypes.iterations": 5,
-    "synthesis.max_textures": 20,
     "optimizer.learning_rate": 1e-4,
 }
 
 
 def command(config, workdir, *arguments, **fields):
     overrides = [f"--config.{k}={v}" for k, v in (SMALL | fields).items()]
-    program = [sys.executable, "launch/main.py", f"--config=configs/{config}.py"]
-    return [*program, f"--workdir={workdir}", *overrides, *arguments]
+    program = [sys.executable, "-m", "tests.tiny", "launch/main.py"]
+    return [
+        *program, f"--config=configs/{config}.py", f"--workdir={workdir}", *overrides, *arguments,
+    ]  # fmt: skip
 
 
 def final_variables(workdir, category="gravel"):

@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 
 import prn_jax
-from prn_jax import experiment, ray_data
-from prn_jax.configs import demo
+from prn_jax import ray_data
 from tests.processes import ROOT
 
 ray = pytest.importorskip("ray", reason="not installed: pip install -e '.[ray]'")
@@ -14,12 +13,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.mark.slow
-def test_two_workers_say_what_one_process_does(tmp_path, monkeypatch):
-    config = demo.get_config()
-    config.image_size, config.num_seen, config.total_steps = (64, 64), 0, 0
-    config.backbone.weights, config.memory.patches = "random", 50
-    config.data.data_dir = str(tmp_path / "records")
-    experiment.train_and_evaluate(config, str(tmp_path / "run"))
+def test_two_workers_say_what_one_process_does(trained, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     paths = [tmp_path / f"Ü 划痕 {i}.png" for i in range(6)]
     for path in paths:
@@ -30,20 +24,14 @@ def test_two_workers_say_what_one_process_does(tmp_path, monkeypatch):
     ray.init(num_cpus=4, include_dashboard=False)
     try:
         options = {"workers": 2, "batch_size": 2}
-        assert (
-            ray_data.predict_files(paths, tmp_path / "run/gravel", tmp_path / "rows", **options)
-            == 6
-        )
+        assert ray_data.predict_files(paths, trained, tmp_path / "rows", **options) == 6
         # Only what could not be read is tried again.
-        assert (
-            ray_data.predict_files(paths, tmp_path / "run/gravel", tmp_path / "rows", **options)
-            == 1
-        )
+        assert ray_data.predict_files(paths, trained, tmp_path / "rows", **options) == 1
     finally:
         ray.shutdown()
     found = {row["image"]: row for row in parquet.read_table(tmp_path / "rows").to_pylist()}
     assert found.keys() == {str(path) for path in paths}
     assert "not a readable image" in found[str(paths[3])]["error"]
     readable = [path for path in paths if path != paths[3]]
-    _, scores = prn_jax.load(tmp_path / "run/gravel")(readable)
+    _, scores = prn_jax.load(trained)(readable)
     np.testing.assert_allclose([found[str(x)]["score"] for x in readable], scores, atol=1e-6)

@@ -1,8 +1,8 @@
 """What must not depend on devices, hosts and precision, over real steps on real images.
 
-In float32 a run is chaotic: twenty steps after one unit in the last place is changed, scores differ
+In float32 a run is chaotic: twelve steps after one unit in the last place is changed, scores differ
 by a hundredth. So that a run on eight devices computes what a run on one does is shown in float64,
-where rounding has not grown to anything after twenty steps: what differs then is a mistake.
+where rounding has not grown to anything by then: what differs then is a mistake.
 """
 
 import sys
@@ -78,8 +78,9 @@ def assert_same_prototypes(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
-def test_twenty_steps_do_not_depend_on_the_devices(
+# Four, on two hosts, are below.
+@pytest.mark.parametrize("devices", [2, 8])
+def test_twelve_steps_do_not_depend_on_the_devices(
     devices, records, data, batches, prototypes, one
 ):
     config = steps.small_config(records)
@@ -87,7 +88,7 @@ def test_twenty_steps_do_not_depend_on_the_devices(
     assert_same_run(run_float64(records, data, batches, devices, prototypes), one)
 
 
-def test_twenty_steps_do_not_depend_on_the_hosts(records, prototypes, one, tmp_path):
+def test_twelve_steps_do_not_depend_on_the_hosts(records, prototypes, one, tmp_path):
     flat = flatten_dict(prototypes, sep=".")
     np.savez(tmp_path / "prototypes.npz", **flat)
     address = f"127.0.0.1:{free_port()}"
@@ -104,8 +105,8 @@ def test_twenty_steps_do_not_depend_on_the_hosts(records, prototypes, one, tmp_p
     assert_same_run((found.pop("losses"), found.pop("scores"), found), one)
 
 
-def test_forty_steps_in_bfloat16_follow_those_in_float32(records, data, prototypes):
-    changes = {"total_steps": 40}
+def test_twenty_steps_in_bfloat16_follow_those_in_float32(records, data, prototypes):
+    changes = {"total_steps": 20}
     batches = steps.make_batches(steps.small_config(records, **changes), data)
     outcomes = {}
     for dtype in ("float32", "bfloat16"):

@@ -16,6 +16,7 @@ from prn_jax import predict as prediction
 from prn_jax.errors import UserError
 from prn_jax.models.prn import PRN
 from prn_jax.tiles import Tiling
+from tests import tiny
 from tests.trees import make_mvtec
 
 TILINGS = [
@@ -255,14 +256,13 @@ def test_tiles_are_the_samples_and_only_marked_ones_of_seen_anomalies():
 
 @pytest.mark.slow
 def test_a_run_in_tiles_is_resumed_and_predicts_what_it_was_judged_by(tmp_path):
+    tiny.register()
     make_mvtec(tmp_path / "raw", defects={"broken": 3}, train=3, size=(100, 90))
     config = default.get_config()
     config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
-    config.update_from_flattened_dict({
-        "category": "bottle", "image_size": (64, 64), "tiles": (2, 2), "tile_overlap": 16,
-        "num_seen": 1, "batch_size": 8, "total_steps": 2, "checkpoint.every_steps": 1,
-        "backbone.weights": "random", "attention.layers": 0, "synthesis.max_textures": 4,
-        "memory.patches": 8,
+    config.update_from_flattened_dict(tiny.FIELDS | {
+        "category": "bottle", "tiles": (2, 2), "tile_overlap": 16, "num_seen": 1,
+        "total_steps": 2, "checkpoint.every_steps": 1, "memory.patches": 8,
     })  # fmt: skip
     folder = tmp_path / "work" / "bottle"
 

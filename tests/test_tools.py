@@ -18,29 +18,13 @@ from PIL import Image
 from sklearn import metrics as skmetrics
 
 import prn_jax
-from configs import folder
 from prn_jax import explain, input_pipeline, predict, report, results
 from prn_jax.errors import UserError
 from tests import trees
 from tests.processes import start
-from tests.steps import train_briefly
-from tests.trees import make_mvtec
+from tests.steps import PRODUCT
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-PRODUCT = "Würfel [2] 骰子"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A network of two steps, and where it lies: names as people give them."""
-    raw = tmp_path_factory.mktemp("raw [0] *")
-    make_mvtec(raw, PRODUCT, defects={"Riß [1]": 12}, train=6, good=4, size=(64, 64))
-    config = folder.get_config()
-    config.data.manual_dir = str(raw)
-    config.backbone.name = "efficientnet_lite0"
-    return train_briefly(config, tmp_path_factory) / PRODUCT
 
 
 def execute(script, *arguments):
@@ -244,7 +228,8 @@ def test_the_benchmark_needs_no_data_and_no_tensorflow(what, tmp_path):
     )
     arguments = [f"--what={what}", "--json", "--config.image_size=64", "--num_normal=20"]
     if what != "kmeans":
-        arguments += ["--batch_sizes=8", "--config.attention.layers=1",
+        arguments += ["--batch_sizes=8", "--config.attention.layers=0",
+                      "--config.fusion.enabled=False",
                       "--config.backbone.name=efficientnet_lite0"]  # fmt: skip
     if what == "infer":
         arguments.append(f"--profile={tmp_path}")
