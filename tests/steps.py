@@ -28,7 +28,7 @@ def small_config(records, **changes):
     tiny.register()
     config = demo.get_config()
     config.update_from_flattened_dict(tiny.FIELDS | {
-        "data.data_dir": str(records), "total_steps": 12, "dtype": "float32",
+        "data.data_dir": str(records), "total_steps": 20, "dtype": "float32",
         "attention.layers": 1, "fusion.enabled": True, "prototypes.iterations": 5,
         "optimizer.learning_rate": 1e-3,
     } | changes)  # fmt: skip

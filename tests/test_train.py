@@ -11,22 +11,19 @@ from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import UserError
 from prn_jax.identity import Identity, as_dict
+from tests import tiny
 
 
 def small_config(**changes):
-    """A run of seconds: 64x64 pixels, one attention layer, random weights."""
+    """A run of seconds."""
+    tiny.register()
     config = default.get_config()
-    config.image_size = (64, 64)
-    config.batch_size = 8
     config.total_steps = 4
     config.log_every = 2
-    config.attention.layers = 1
     config.optimizer.learning_rate = 1e-3
-    config.backbone.weights = "random"
-    config.prototypes.iterations = 5
     config.checkpoint.every_steps = 2
     config.dtype = "float32"
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict(tiny.FIELDS | changes)
     return config
 
 
@@ -78,8 +75,12 @@ def assert_same(a, b, **tolerance):
 
 @pytest.mark.slow
 def test_eight_devices_make_the_step_of_one(images):
-    """Same parameters, same batch: same losses, batch statistics and updated parameters."""
-    config = small_config(batch_size=16, **{"loss.dice_weight": 0.5})
+    """Same parameters, same batch: same losses, batch statistics and updated parameters.
+
+    In float64, but for the prototypes, the distances to them, and the losses.
+    """
+    fields = {"attention.layers": 1, "fusion.enabled": True, "loss.dice_weight": 0.5}
+    config = small_config(batch_size=16, **fields)
     batch = next(iter(make_batches(config)(0, 1)))
     outcomes = []
     for count in (1, 8):
@@ -89,22 +90,27 @@ def test_eight_devices_make_the_step_of_one(images):
         # flips where the gradient is 0; nor would Adam show a gradient of a wrong scale.
         optimizer = train.optax.sgd(1.0)
         variables = train.create_variables(config, model)
-        before = variables["params"]
-        variables = meshes.replicate(mesh, variables)
-        stored = fitting.fit_prototypes(config, model, variables, images, mesh)
-        frozen = {"backbone": variables["backbone"], "prototypes": stored}
-        state = train.create_state(config, variables, optimizer, mesh)
-        step = train.make_train_step(config, model, optimizer, mesh)
-        state, values = step(state, frozen, meshes.shard(mesh, batch))
+        stored = fitting.fit_prototypes(
+            config, model, meshes.replicate(mesh, variables), images, mesh
+        )
+        with jax.enable_x64(True):
+            model = model.clone(dtype=np.float64)
+            variables = jax.tree.map(np.float64, variables)
+            before = variables["params"]
+            variables = meshes.replicate(mesh, variables)
+            frozen = {"backbone": variables["backbone"], "prototypes": stored}
+            state = train.create_state(config, variables, optimizer, mesh)
+            step = train.make_train_step(config, model, optimizer, mesh)
+            state, values = step(state, frozen, meshes.shard(mesh, batch))
         # With a rate of 1 the change of a parameter is its gradient.
         gradient = jax.tree.map(lambda old, new: old - new, before, jax.device_get(state.params))
         outcomes.append((*jax.device_get((stored, values, state.batch_stats)), gradient))
     one, eight = outcomes
     assert_same(one[0], eight[0], rtol=1e-4, atol=1e-5)
-    assert_same(one[1], eight[1], rtol=1e-5)
-    assert_same(one[2], eight[2], rtol=1e-4, atol=1e-6)
+    assert_same(one[1], eight[1], rtol=1e-6)
+    assert_same(one[2], eight[2], rtol=1e-5, atol=1e-7)
     for a, b in zip(jax.tree.leaves(one[3]), jax.tree.leaves(eight[3]), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-6
+        assert np.linalg.norm(a - b) <= 5e-4 * np.linalg.norm(a) + 1e-7
 
 
 @pytest.mark.slow
@@ -243,7 +249,7 @@ def test_the_loop_hands_nothing_over_but_its_batches(images, tmp_path):
 
 
 def test_frozen_variables_are_no_parameters():
-    model = train.create_model(small_config(), 2)
+    model = train.create_model(small_config(**{"backbone.name": "resnet18"}), 2)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     stages = {name.split("_")[0] for name in variables["params"]["backbone"]}
