@@ -187,10 +187,8 @@ def describe_device() -> Figures:
 
 
 def _network(config: ConfigDict, num_normal: int) -> tuple[PRN, Any]:
-    height, width = config.image_size
     model = create_model(config, num_prototypes(num_normal, config.prototypes.ratio))
-    image = jnp.zeros((1, height, width, 3), jnp.uint8)
-    return model, jax.jit(model.init)(jax.random.key(config.seed), image)
+    return model, train.initialise(config, model)
 
 
 def _batch(config: ConfigDict) -> dict[str, np.ndarray]:

@@ -99,6 +99,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, bottle, tmp_path):
         make_mvtec(root, defects={"broken": 12}, size=(64, 64))
         spoil(root)
     fields = {
+        "backbone.name": "resnet18",
         "category": "bottle",
         "data.manual_dir": root,
         "data.data_dir": tmp_path / "records",
