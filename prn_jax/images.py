@@ -32,7 +32,7 @@ _NO_PICTURES = (
 # Files that operating systems and programs put among the images.
 _JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})
 
-
+_ORIENTATION = 0x0112  # EXIF's
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
 _SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)  # of a pixel's area, see `resize_mask`
 _NEIGHBOURS = np.ones((3, 3))
@@ -322,7 +322,7 @@ def _is_plain(data: bytes, image: Image.Image) -> bool:
 
 
 def _turned(data: bytes) -> bool:
-    return Image.open(io.BytesIO(data), formats=_formats()).getexif().get(0x0112, 1) != 1
+    return Image.open(io.BytesIO(data), formats=_formats()).getexif().get(_ORIENTATION, 1) != 1
 
 
 def _pages(image: Image.Image) -> int:
@@ -362,7 +362,8 @@ def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
         )
     inverted = deep.is_inverted(image)
     image.load()  # Decodes everything: a truncated file shows only now.
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # without, it would be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode in deep.GREY:
         levels = np.asarray(image).astype(np.int64)
         if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
@@ -371,14 +372,13 @@ def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
                 "as 16-bit grey"
             )
         return (65535 - levels if inverted else levels).astype(np.uint16)
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
+    mode = "L" if image.mode in ("1", "L") else "RGB"
     if erase and image.mode in ("LA", "PA", "RGBA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     try:
         if image.mode != "F":
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == mode else image.convert(mode))
     except ValueError:
         pass
     what = "floating-point pixels" if image.mode == "F" else f"pixels of Pillow's mode {image.mode}"
