@@ -10,7 +10,7 @@ from prn_jax.models.attention import MultiSizeAttention
 from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.decoder import Decoder
 from prn_jax.models.fusion import MultiScaleFusion
-from prn_jax.models.layers import Dtype, conv1x1
+from prn_jax.models.layers import Dtype, conv1x1, upsample
 from prn_jax.models.memory import PatchMap, PatchResidual, window_residuals
 from prn_jax.models.prototypes import PrototypeResidual
 from prn_jax.models.whole import OUTSIDE, RegionOfInterest, WholeImage, describe
@@ -29,6 +29,7 @@ class PRN(nn.Module):
     Attributes:
       backbone_name: a key of `BACKBONES`.
       train_stage4: stage 4 is trained (its variables are `params`) or frozen.
+      doublings: how many times the image is doubled before the backbone, for finer maps.
       num_prototypes: k, the same for each scale; of tiles, those of all places.
       attention_layers: N of Fig. 3.
       attention_scales: scales that have them, counted from 1.
@@ -51,6 +52,7 @@ class PRN(nn.Module):
 
     backbone_name: str = "resnet18"
     train_stage4: bool = True
+    doublings: int = 0
     num_prototypes: int = 1
     attention_layers: int = 3
     attention_scales: tuple[int, ...] = (1, 2, 3)
@@ -134,7 +136,7 @@ class PRN(nn.Module):
     def _logits(self, stem: Array, features: list[Array], deepest: Array, train: bool) -> Array:
         found = [self._residuals(scale, x) for scale, x in enumerate(features)]
         if not self.trained:
-            strides = tuple(scale + 1 for scale in self.memory_scales)
+            strides = tuple(scale + 1 - self.doublings for scale in self.memory_scales)
             return self.patch_map(tuple(found[x - 1][-1] for x in self.memory_scales), strides)
         maps = self._fuse(self.fuse_features, features)
         if found[0]:
@@ -145,7 +147,8 @@ class PRN(nn.Module):
             for layer in layers:
                 maps[scale] = layer(maps[scale])
         maps = self._fuse(self.fuse_attended, maps)
-        return self.decoder(deepest, maps, stem if self.use_stem else None, train)
+        logits = self.decoder(deepest, maps, stem if self.use_stem else None, train)
+        return _halve(logits, self.doublings)
 
     def _residuals(self, scale: int, features: Array) -> list[Array]:
         """A scale's residuals, float32: of whole maps, of a window, of the memory."""
@@ -193,7 +196,16 @@ class PRN(nn.Module):
         """What enters stage 1, and the four stages' maps: strides 2, 4, 8, 16, 32."""
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
-        return tuple(spec.gain * x for x in self.backbone(normalised.astype(self.dtype)))
+        enlarged = upsample(normalised.astype(self.dtype), self.doublings)
+        return tuple(spec.gain * x for x in self.backbone(enlarged))
+
+
+def _halve(maps: Array, times: int) -> Array:
+    """Means over 2x2 pixels, so many times."""
+    for _ in range(times):
+        batch, height, width = maps.shape
+        maps = maps.reshape(batch, height // 2, 2, width // 2, 2).mean(axis=(2, 4))
+    return maps
 
 
 def compute_dtype(config: ConfigDict) -> Dtype:
@@ -217,6 +229,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
     return PRN(
         backbone_name=config.backbone.name,
         train_stage4=config.backbone.train_stage4,
+        doublings=config.backbone.get("doublings", 0),
         # Without training no whole map is compared with; a checkpoint keeps its form.
         num_prototypes=num_prototypes * tiling.count if trained else 1,
         attention_layers=config.attention.layers,

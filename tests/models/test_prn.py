@@ -8,6 +8,7 @@ from configs import default
 from prn_jax import evaluate
 from prn_jax import mesh as meshes
 from prn_jax.models.backbone import BACKBONES, create_backbone
+from prn_jax.models.layers import upsample
 from prn_jax.models.prn import PRN, compute_dtype
 
 
@@ -27,6 +28,29 @@ def test_one_logit_per_pixel_at_any_multiple_of_32(size):
     assert logits.shape == (2, *size)
     assert logits.dtype == jnp.float32
     assert np.isfinite(logits).all()
+
+
+def test_an_enlarged_image_is_what_the_network_sees():
+    plain, model = (PRN(doublings=n, attention_layers=0) for n in (0, 1))
+    # Bilinear doubling weighs with sixteenths: of such levels whole ones come.
+    image = draw(2, (64, 64)) // 16 * 16
+    doubled = upsample(jnp.asarray(image, jnp.float32))
+    assert jnp.array_equal(doubled, jnp.round(doubled))
+    variables = init(model, (64, 64))
+    whole = jnp.ones((128, 128), jnp.uint8)
+    larger = variables | {"prototypes": variables["prototypes"] | {"interest": {"mask": whole}}}
+    expected = np.asarray(jax.jit(plain.apply)(larger, doubled.astype(jnp.uint8)))
+    expected = expected.reshape(2, 64, 2, 64, 2).mean(axis=(2, 4))
+    found = jax.jit(model.apply)(variables, image)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("doublings", [0, 1, 2])
+def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings):
+    model = PRN(doublings=doublings, num_patches=4, trained=False)
+    image = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.uint8)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    assert jax.eval_shape(model.apply, variables, image).shape == (2, 64, 96)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
