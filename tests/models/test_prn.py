@@ -5,8 +5,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import default
-from prn_jax import evaluate
+from prn_jax import evaluate, experiment
 from prn_jax import mesh as meshes
+from prn_jax.errors import UserError
 from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.layers import upsample
 from prn_jax.models.prn import PRN, compute_dtype
@@ -51,6 +52,13 @@ def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings)
     image = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.uint8)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     assert jax.eval_shape(model.apply, variables, image).shape == (2, 64, 96)
+
+
+def test_an_image_is_not_enlarged_without_end():
+    config = default.get_config()
+    config.backbone.doublings = 3
+    with pytest.raises(UserError, match=r"backbone.doublings=3: give 0, 1 or 2"):
+        experiment.checked(config)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
