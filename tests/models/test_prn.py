@@ -74,8 +74,9 @@ def test_every_backbone_fits(name):
 def test_an_image_s_logits_do_not_depend_on_its_batch():
     model = PRN(attention_layers=1, num_prototypes=2)
     variables, images = init(model, (64, 64)), jnp.asarray(draw(4, (64, 64)))
-    together = model.apply(variables, images)
-    alone = jnp.concatenate([model.apply(variables, images[i : i + 1]) for i in range(4)])
+    apply = jax.jit(model.apply)
+    together = apply(variables, images)
+    alone = jnp.concatenate([apply(variables, images[i : i + 1]) for i in range(4)])
     scale = float(jnp.abs(together).max())
     np.testing.assert_allclose(together, alone, atol=1e-4 * scale)
 
@@ -104,7 +105,7 @@ def test_bfloat16_computes_but_keeps_variables_and_logits_float32():
     kinds = {x.dtype for x in jax.tree.leaves(variables)}
     assert kinds == {np.dtype(np.float32), np.dtype(np.uint8)}  # the region of interest is a mask
     images = jnp.asarray(draw(2, (64, 64)))
-    exact, rounded = (m.apply(variables, images) for m in (PRN(attention_layers=1), model))
+    exact, rounded = (jax.jit(m.apply)(variables, images) for m in (PRN(attention_layers=1), model))
     assert rounded.dtype == jnp.float32
     assert 0 < np.abs(rounded - exact).mean() < 0.1 * np.abs(exact).mean()
 
