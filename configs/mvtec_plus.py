@@ -1,4 +1,4 @@
-"""MVTec AD, for accuracy before faithfulness: at 128x128 better than `mvtec.py`, and faster.
+"""MVTec AD, for accuracy before faithfulness (what it gains and loses: docs/experiments.md, 15).
 
 python launch/main.py --config=configs/mvtec_plus.py --config.data.manual_dir=/data/mvtec_ad
 """
@@ -9,7 +9,7 @@ from prn_jax.configs import fast
 
 
 def get_config() -> ConfigDict:
-    """Returns the small network, which sees each image enlarged (docs/experiments.md, 15)."""
+    """Returns the small network, which sees each image enlarged."""
     config = fast.get_config()
     config.backbone.doublings = 1
     return config

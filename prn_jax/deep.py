@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 # TIFF's tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _PLANES = 258, 262, 281, 284
+_ORIENTATION = 274  # EXIF's
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -29,6 +30,17 @@ def is_scrambled(image: Image.Image) -> bool:
 def is_inverted(image: Image.Image) -> bool:
     """Whether it is TIFF of more than 8 bits whose 0 is white, which Pillow does not turn over."""
     return image.format == "TIFF" and is_deep(image) and image.tag_v2.get(_PHOTOMETRIC) == 0
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether its EXIF data says that it does not lie upright."""
+    return image.getexif().get(_ORIENTATION, 1) != 1
+
+
+def turn(image: Image.Image) -> Image.Image:
+    """Decodes an image and turns it as its EXIF data says; one that lies upright isn't copied."""
+    image.load()  # Everything: a truncated file shows only now, as may EXIF data at its end.
+    return ImageOps.exif_transpose(image) if is_turned(image) else image
 
 
 def declared(data: bytes, image: Image.Image) -> int:
@@ -66,7 +78,7 @@ def colour_levels(data: bytes, image: Image.Image) -> np.ndarray:
     high, low = image, Image.open(io.BytesIO(data), formats=(image.format,))
     if _raw_mode(image) == "LA;16B":  # Bytes: grey's high and low, alpha's high and low.
         image.tile = [tile._replace(args="RGBA") for tile in image.tile]
-        levels = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16)
+        levels = np.asarray(turn(image)).astype(np.uint16)
         grey, alpha = (levels[..., i] << 8 | levels[..., i + 1] for i in (0, 2))
         return np.stack([grey, grey, grey, alpha], axis=-1)
 
@@ -76,7 +88,7 @@ def colour_levels(data: bytes, image: Image.Image) -> np.ndarray:
         return (swapped(arguments[0]), *arguments[1:])
 
     low.tile = [tile._replace(args=swapped(tile.args)) for tile in low.tile]
-    high, low = (np.asarray(ImageOps.exif_transpose(x)).astype(np.uint16) for x in (high, low))
+    high, low = (np.asarray(turn(x)).astype(np.uint16) for x in (high, low))
     return high << 8 | low
 
 

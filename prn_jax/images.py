@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from scipy import ndimage, sparse
 
 from prn_jax import deep
@@ -32,7 +32,6 @@ _NO_PICTURES = (
 # Files that operating systems and programs put among the images.
 _JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})
 
-_ORIENTATION = 0x0112  # EXIF's
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
 _SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)  # of a pixel's area, see `resize_mask`
 _NEIGHBOURS = np.ones((3, 3))
@@ -322,7 +321,7 @@ def _is_plain(data: bytes, image: Image.Image) -> bool:
 
 
 def _turned(data: bytes) -> bool:
-    return Image.open(io.BytesIO(data), formats=_formats()).getexif().get(_ORIENTATION, 1) != 1
+    return deep.is_turned(Image.open(io.BytesIO(data), formats=_formats()))
 
 
 def _pages(image: Image.Image) -> int:
@@ -361,9 +360,7 @@ def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
             "read; save the file with interleaved colours, or as PNG"
         )
     inverted = deep.is_inverted(image)
-    image.load()  # Decodes everything: a truncated file shows only now.
-    if image.getexif().get(_ORIENTATION, 1) != 1:  # without, it would be copied
-        image = ImageOps.exif_transpose(image)
+    image = deep.turn(image)
     if image.mode in deep.GREY:
         levels = np.asarray(image).astype(np.int64)
         if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:

@@ -176,7 +176,7 @@ class PRN(nn.Module):
     def features(
         self, image: UInt8[Array, "b height width 3"]
     ) -> tuple[Float[Array, "b h w c"], ...]:
-        """The frozen feature maps at strides 4, 8, 16, float32: what prototypes are made of."""
+        """The frozen feature maps, float32: what prototypes are made of; see `_stages`."""
         return tuple(x.astype(jnp.float32) for x in self._stages(image)[1:-1])
 
     def descriptor(
@@ -193,7 +193,7 @@ class PRN(nn.Module):
         return (3, *self._channels())
 
     def _stages(self, image: Array) -> tuple[Array, ...]:
-        """What enters stage 1, and the four stages' maps: strides 2, 4, 8, 16, 32."""
+        """What enters stage 1, and the stages' maps: strides 2, 4, 8, 16, 32 once enlarged."""
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
         enlarged = upsample(normalised.astype(self.dtype), self.doublings)
