@@ -58,10 +58,13 @@ def config_names() -> list[str]:
 
 def _config_file(name: str) -> str:
     """The file of a configuration that the package brings; anything but a bare name is one."""
+    known = ", ".join(config_names())
     if not re.fullmatch(r"[\w-]+", name):
+        if not os.path.isfile(name.split(":", 1)[0]):  # what follows is get_config's argument
+            fail(f"--config={name}: no such file; give another, or one of {known}")
         return name
     if name not in config_names():
-        fail(f"--config={name}: there are {', '.join(config_names())}; or give a file, {name}.py")
+        fail(f"--config={name}: there are {known}; or give a file, {name}.py")
     return str(_CONFIGS / f"{name}.py")
 
 

@@ -69,10 +69,18 @@ def test_help_is_complete_and_imports_nothing_heavy(command):
         assert f"--{name}:" in result.stdout or f"--[no]{name}:" in result.stdout
 
 
-def test_a_configuration_that_is_not_there_is_one_line():
-    result = run(sys.executable, "-m", "prn_jax", "train", "--config=mvtek", "--workdir=nowhere")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("mvtek", "there are btad, dagm, "),
+        ("configs/mvtek.py", "no such file; give another, or one of btad, dagm, "),
+    ],
+)
+def test_a_configuration_that_is_not_there_is_one_line(given, message):
+    arguments = ["train", f"--config={given}", "--workdir=nowhere"]
+    result = run(sys.executable, "-m", "prn_jax", *arguments)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: --config=mvtek: there are btad, dagm, ")
+    assert result.stderr.startswith(f"error: --config={given}: {message}")
     assert len(result.stderr.splitlines()) == 1
 
 
