@@ -60,8 +60,9 @@ def get_config() -> ConfigDict:
     # whether the paper trains it is not known. MemSeg, its ancestor, does.
     config.backbone.train_stage4 = True
     # How many times the image is doubled (bilinearly) before the backbone, 0 to 2: maps of twice
-    # the detail at four times the work, each time. Beyond the paper.
-    config.backbone.doublings = 0
+    # the detail at four times the work, each time. Of several, (0, 1), each has prototypes and a
+    # decoder of its own, and the logits are the mean. Beyond the paper.
+    config.backbone.doublings = (0,)
 
     config.prototypes = ConfigDict()
     # Whether the residuals of whole maps are an input. False: for ablations.

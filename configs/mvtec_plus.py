@@ -11,5 +11,5 @@ from prn_jax.configs import fast
 def get_config() -> ConfigDict:
     """Returns the small network, which sees each image enlarged."""
     config = fast.get_config()
-    config.backbone.doublings = 1
+    config.backbone.doublings = (1,)
     return config

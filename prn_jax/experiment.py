@@ -117,8 +117,9 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.total_steps == 0 and not config.memory.patches:
         config.memory.patches = 4096
     _check_memory(config.memory)
-    if config.backbone.doublings not in (0, 1, 2):
-        raise UserError(f"backbone.doublings={config.backbone.doublings}: give 0, 1 or 2")
+    doublings = config.backbone.doublings
+    if not doublings or not {0, 1, 2}.issuperset(doublings) or len(doublings) > len(set(doublings)):
+        raise UserError(f"backbone.doublings={doublings}: give some of 0, 1 and 2, each once")
     if config.decoder.stride not in (1, 2, 4):
         raise UserError(f"decoder.stride={config.decoder.stride}: give 1, 2 or 4")
     if config.decoder.stem and config.decoder.stride == 4:

@@ -49,6 +49,40 @@ def fit_prototypes(
             "(prototypes.max_images)",
             len(some), len(images),
         )  # fmt: skip
+    looks = [
+        _fit_look(config, model, variables, images, some, mesh, look)
+        for look in range(len(model.doublings))
+    ]
+    result = looks[0]
+    result |= {f"closer_{i}": x for i, x in enumerate(looks[1:])}
+    means = descriptors(model, variables, some, mesh, config.eval_batch_size)
+    key = jax.random.fold_in(jax.random.key(config.seed), SCALES)
+    whole = fit_whole(means, model.kinds, model.num_centres, key, mesh)
+    result["whole"] = meshes.replicate(mesh, whole)
+    if not model.trained:
+        references = [look.setdefault("patch_map", {}) for look in looks]
+        for x in references:
+            x["reference"] = meshes.replicate(mesh, np.float32(1.0))
+        stored = {"prototypes": variables.get("prototypes", {}) | result}
+        maps, *_ = predict(model, variables | stored, images, mesh)
+        # With 1 for the reference the map is d / (d + 1).
+        highest = np.max(maps, axis=(1, 2)).astype(np.float64)
+        reference = np.mean(highest / (1.0 - highest))
+        for x in references:
+            x["reference"] = meshes.replicate(mesh, np.float32(reference))
+    return result
+
+
+def _fit_look(
+    config: ConfigDict,
+    model: PRN,
+    variables: Tree,
+    images: np.ndarray,
+    some: np.ndarray,
+    mesh: Mesh,
+    look: int,
+) -> dict[str, Any]:
+    """What one look at the images compares with; its prototypes are of `some` of them."""
     over_images = functools.partial(_over_images, config, variables, mesh)
     key = jax.random.key(config.seed)
     tiling = Tiling.of(config)
@@ -57,7 +91,7 @@ def fit_prototypes(
     for scale in range(SCALES):
 
         def features(*x, scale=scale):
-            return model.apply(*x, method="features")[scale]
+            return model.apply(*x, look, method="features")[scale]
 
         centres = []
         for place in range(places):
@@ -66,7 +100,7 @@ def fit_prototypes(
             found = k_means(
                 maps.reshape(len(maps), -1),
                 model.num_prototypes // places,
-                jax.random.fold_in(key, scale + (SCALES + 1) * place),
+                jax.random.fold_in(key, scale + (SCALES + 1) * (place + places * look)),
                 mesh,
                 config.prototypes.iterations,
             )
@@ -77,18 +111,6 @@ def fit_prototypes(
                 maps = over_images(_some_tiles(config, images), features)
             patches = choose_patches(maps, model.num_patches, config.seed)
             result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
-    means = descriptors(model, variables, some, mesh, config.eval_batch_size)
-    key = jax.random.fold_in(key, SCALES)
-    whole = fit_whole(means, model.kinds, model.num_centres, key, mesh)
-    result["whole"] = meshes.replicate(mesh, whole)
-    if not model.trained:
-        result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
-        stored = {"prototypes": variables.get("prototypes", {}) | result}
-        maps, *_ = predict(model, variables | stored, images, mesh)
-        # With 1 for the reference the map is d / (d + 1).
-        highest = np.max(maps, axis=(1, 2)).astype(np.float64)
-        reference = np.mean(highest / (1.0 - highest))
-        result["patch_map"]["reference"] = meshes.replicate(mesh, np.float32(reference))
     return result
 
 

@@ -38,7 +38,7 @@ FREE_FIELDS = (
 # What a field amounted to before there was one.
 _BEFORE = {
     "attention.scales": [1, 2, 3],
-    "backbone.doublings": 0,
+    "backbone.doublings": [0],
     "data.holdout": 0.0,
     "decoder.stem": False,
     "decoder.stride": 1,

@@ -24,12 +24,14 @@ class PRN(nn.Module):
 
     Variable collections: `params` (trained), `batch_stats` (the decoder's), `backbone` (frozen
     stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], and those of
-    `whole.py`: `interest/mask`, `whole/centres` and `whole/spread`).
+    `whole.py`: `interest/mask`, `whole/centres` and `whole/spread`). What comes after the backbone
+    is there once more for each further look, in `closer_i`.
 
     Attributes:
       backbone_name: a key of `BACKBONES`.
       train_stage4: stage 4 is trained (its variables are `params`) or frozen.
-      doublings: how many times the image is doubled before the backbone, for finer maps.
+      doublings: of each look, how many times the image is doubled before the backbone, for finer
+        maps. The looks share the backbone; the logits are the mean of theirs.
       num_prototypes: k, the same for each scale; of tiles, those of all places.
       attention_layers: N of Fig. 3.
       attention_scales: scales that have them, counted from 1.
@@ -52,7 +54,7 @@ class PRN(nn.Module):
 
     backbone_name: str = "resnet18"
     train_stage4: bool = True
-    doublings: int = 0
+    doublings: tuple[int, ...] = (0,)
     num_prototypes: int = 1
     attention_layers: int = 3
     attention_scales: tuple[int, ...] = (1, 2, 3)
@@ -95,6 +97,7 @@ class PRN(nn.Module):
         ]
         self.fuse_attended = MultiScaleFusion(self.dtype)
         self.decoder = Decoder(self.decoder_channels, self.decoder_stride, self.dtype)
+        self.closer = [self.clone(doublings=(times,)) for times in self.doublings[1:]]
 
     def __call__(
         self, image: UInt8[Array, "b height width 3"], train: bool = False
@@ -116,10 +119,10 @@ class PRN(nn.Module):
         train: bool = False,
     ) -> tuple[Float[Array, "b height width"], Float[Array, "b d"]]:
         """Logits and descriptors of images, or of tiles that count where `mask` is 1."""
-        stem, *features, deepest = self._stages(image)
+        looks = [self._stages(image, times) for times in self.doublings]
         mask = self._interest(image, mask)
-        logits = jnp.where(mask > 0, self._logits(stem, features, deepest, train), OUTSIDE)
-        return logits, describe(image, tuple(features), mask)
+        found = sum(x.decode(y, train) for x, y in zip((self, *self.closer), looks)) / len(looks)
+        return jnp.where(mask > 0, found, OUTSIDE), describe(image, looks[0][1:-1], mask)
 
     def distance(self, descriptor: Float[Array, "b d"]) -> Float[Array, " b"]:
         """`WholeImage`'s distances."""
@@ -133,10 +136,13 @@ class PRN(nn.Module):
             self.interest(*self.tiling.size)
         return jnp.ones(image.shape[1:3], jnp.uint8) if mask is None else mask
 
-    def _logits(self, stem: Array, features: list[Array], deepest: Array, train: bool) -> Array:
+    def decode(self, stages: tuple[Array, ...], train: bool) -> Float[Array, "b height width"]:
+        """Logits of one look's maps, see `_stages`: all that comes after the backbone."""
+        stem, *features, deepest = stages
+        doublings = self.doublings[0]
         found = [self._residuals(scale, x) for scale, x in enumerate(features)]
         if not self.trained:
-            strides = tuple(scale + 1 - self.doublings for scale in self.memory_scales)
+            strides = tuple(scale + 1 - doublings for scale in self.memory_scales)
             return self.patch_map(tuple(found[x - 1][-1] for x in self.memory_scales), strides)
         maps = self._fuse(self.fuse_features, features)
         if found[0]:
@@ -148,7 +154,7 @@ class PRN(nn.Module):
                 maps[scale] = layer(maps[scale])
         maps = self._fuse(self.fuse_attended, maps)
         logits = self.decoder(deepest, maps, stem if self.use_stem else None, train)
-        return _halve(logits, self.doublings)
+        return _halve(logits, doublings)
 
     def _residuals(self, scale: int, features: Array) -> list[Array]:
         """A scale's residuals, float32: of whole maps, of a window, of the memory."""
@@ -174,10 +180,11 @@ class PRN(nn.Module):
         return BACKBONES[self.backbone_name].channels[:SCALES]
 
     def features(
-        self, image: UInt8[Array, "b height width 3"]
+        self, image: UInt8[Array, "b height width 3"], look: int = 0
     ) -> tuple[Float[Array, "b h w c"], ...]:
-        """The frozen feature maps, float32: what prototypes are made of; see `_stages`."""
-        return tuple(x.astype(jnp.float32) for x in self._stages(image)[1:-1])
+        """A look's frozen feature maps, float32: what prototypes are made of; see `_stages`."""
+        stages = self._stages(image, self.doublings[look])
+        return tuple(x.astype(jnp.float32) for x in stages[1:-1])
 
     def descriptor(
         self,
@@ -185,18 +192,19 @@ class PRN(nn.Module):
         mask: UInt8[Array, "b height width"] | None = None,
     ) -> Float[Array, "b d"]:
         """What `WholeImage` compares: means over the image of colours and frozen features."""
-        return describe(image, self._stages(image)[1:-1], self._interest(image, mask))
+        features = self._stages(image, self.doublings[0])[1:-1]
+        return describe(image, features, self._interest(image, mask))
 
     @property
     def kinds(self) -> tuple[int, ...]:
         """Entries of a descriptor that are of one kind: colours, then each scale's features."""
         return (3, *self._channels())
 
-    def _stages(self, image: Array) -> tuple[Array, ...]:
+    def _stages(self, image: Array, doublings: int) -> tuple[Array, ...]:
         """What enters stage 1, and the stages' maps: strides 2, 4, 8, 16, 32 once enlarged."""
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
-        enlarged = upsample(normalised.astype(self.dtype), self.doublings)
+        enlarged = upsample(normalised.astype(self.dtype), doublings)
         return tuple(spec.gain * x for x in self.backbone(enlarged))
 
 
@@ -229,7 +237,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
     return PRN(
         backbone_name=config.backbone.name,
         train_stage4=config.backbone.train_stage4,
-        doublings=config.backbone.get("doublings", 0),
+        doublings=tuple(config.backbone.get("doublings", (0,))),
         # Without training no whole map is compared with; a checkpoint keeps its form.
         num_prototypes=num_prototypes * tiling.count if trained else 1,
         attention_layers=config.attention.layers,

@@ -18,6 +18,11 @@ def init(model, size):
     return jax.jit(model.init)(jax.random.key(0), image)
 
 
+def assert_same_shapes(found, expected):
+    shapes, wanted = (jax.tree.map(jnp.shape, x) for x in (found, expected))
+    assert shapes == wanted
+
+
 def draw(count, size):
     return np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
 
@@ -32,7 +37,7 @@ def test_one_logit_per_pixel_at_any_multiple_of_32(size):
 
 
 def test_an_enlarged_image_is_what_the_network_sees():
-    plain, model = (PRN(doublings=n, attention_layers=0) for n in (0, 1))
+    plain, model = (PRN(doublings=(n,), attention_layers=0) for n in (0, 1))
     # Bilinear doubling weighs with sixteenths: of such levels whole ones come.
     image = draw(2, (64, 64)) // 16 * 16
     doubled = upsample(jnp.asarray(image, jnp.float32))
@@ -46,7 +51,24 @@ def test_an_enlarged_image_is_what_the_network_sees():
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("doublings", [0, 1, 2])
+def test_two_looks_are_the_mean_of_two_networks_with_one_backbone():
+    both = PRN(doublings=(0, 1), attention_layers=1, num_prototypes=2)
+    variables = init(both, (64, 64))
+    image = draw(2, (64, 64))
+    found = jax.jit(both.apply)(variables, image)
+    alone = []
+    for times, name in ((0, None), (1, "closer_0")):
+        own = variables
+        if name:  # what follows the backbone is that of the further look
+            own = {kind: tree | tree.get(name, {}) for kind, tree in variables.items()}
+        own = {k: {n: x for n, x in tree.items() if n != "closer_0"} for k, tree in own.items()}
+        network = both.clone(doublings=(times,))
+        assert_same_shapes(own, init(network, (64, 64)))
+        alone.append(jax.jit(network.apply)(own, image))
+    np.testing.assert_allclose(found, sum(alone) / 2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("doublings", [(0,), (1,), (2,), (0, 1)])
 def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings):
     model = PRN(doublings=doublings, num_patches=4, trained=False)
     image = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.uint8)
@@ -56,9 +78,10 @@ def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings)
 
 def test_an_image_is_not_enlarged_without_end():
     config = default.get_config()
-    config.backbone.doublings = 3
-    with pytest.raises(UserError, match=r"backbone.doublings=3: give 0, 1 or 2"):
-        experiment.checked(config)
+    for wrong in ((3,), (), (0, 0)):
+        config.backbone.doublings = wrong
+        with pytest.raises(UserError, match=r"backbone.doublings=.*: give some of 0, 1 and 2"):
+            experiment.checked(config)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
