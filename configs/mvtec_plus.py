@@ -9,7 +9,7 @@ from prn_jax.configs import fast
 
 
 def get_config() -> ConfigDict:
-    """Returns the small network, which sees each image enlarged."""
+    """Returns the small network, which sees each image as it is and enlarged."""
     config = fast.get_config()
-    config.backbone.doublings = (1,)
+    config.backbone.doublings = (0, 1)
     return config
