@@ -124,6 +124,41 @@ def test_it_is_calibrated_on_what_training_sees(trained):
     assert images.dtype == np.uint8
 
 
+def test_8_bits_of_onnx_leave_every_look_s_frozen_stages_alone():
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from prn_jax.export.onnx import _quantised
+
+    node, rng = onnx.helper.make_node, np.random.default_rng(0)
+    nodes = [
+        node("Cast", ["image"], ["colours"], "cast", to=onnx.TensorProto.FLOAT),
+        node("Transpose", ["colours"], ["x"], "transpose", perm=[0, 3, 1, 2]),
+        node("Conv", ["x", "own"], ["first"], "conv of the whole image"),
+        node("ReduceMean", ["first"], ["distance"], "mean", axes=[1, 2, 3], keepdims=0),
+        node("Conv", ["x", "further"], ["second"], "conv of a further look"),
+        node("ArgMin", ["second"], ["choice"], "choice", axis=1),
+        node("Cast", ["choice"], ["chosen"], "chosen", to=onnx.TensorProto.FLOAT),
+        node("Mul", ["second", "chosen"], ["residual"], "residual"),
+        node("Conv", ["residual", "decoder"], ["map"], "conv of the decoder"),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    image = value("image", onnx.TensorProto.UINT8, [1, 8, 8, 3])
+    given = [value(x, onnx.TensorProto.FLOAT, None) for x in ("map", "distance")]
+    weights = [
+        onnx.numpy_helper.from_array(rng.normal(size=(3, 3, 1, 1)).astype("f"), name)
+        for name in ("own", "further", "decoder")
+    ]
+    graph = onnx.helper.make_graph(nodes, "looks", [image], given, weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    made = _quantised(model, rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8))
+    restored = {x.output[0] for x in made.graph.node if x.op_type == "DequantizeLinear"}
+    convs = [x for x in made.graph.node if x.op_type == "Conv"]
+    assert len(convs) == 3
+    rounded = [x.name for x in convs if restored.intersection(x.input)]
+    assert rounded == ["conv of the decoder"]
+
+
 def test_rounding_is_judged_by_what_it_costs():
     rng = np.random.default_rng(0)
     mask = np.zeros((40, 16, 16), np.uint8)

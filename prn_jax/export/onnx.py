@@ -96,7 +96,8 @@ def _quantised(model, images: np.ndarray):
     """8-bit convolutions, in QDQ form, per channel; everything else stays float32.
 
     So do the frozen stages: a residual is a small difference of features, and 8 bits of them cost
-    pill 7 points of pixel AP (docs/benchmarks.md). They are what the distance is computed from.
+    pill 7 points of pixel AP (docs/benchmarks.md). They are what the distance is computed from, and
+    what chooses the nearest prototype of each look.
     Weights have 7 bits: on a CPU without VNNI's instructions the sums of 8 bits would saturate, and
     what was accepted here would not hold there.
     """
@@ -116,7 +117,9 @@ def _quantised(model, images: np.ndarray):
         given, prepared, made = (str(pathlib.Path(folder) / x) for x in ("given", "ready", "made"))
         onnx.save(model, given)
         quant_pre_process(given, prepared, skip_symbolic_shape=True)
-        frozen = _leading_to("distance", onnx.load(prepared))
+        ready = onnx.load(prepared)
+        choices = (x.output[0] for x in ready.graph.node if x.op_type == "ArgMin")
+        frozen = _leading_to(["distance", *choices], ready)
         quantization.quantize_static(
             prepared,
             made,
@@ -132,15 +135,15 @@ def _quantised(model, images: np.ndarray):
         return _rounded_for_convs_alone(onnx.load(made), frozen)
 
 
-def _leading_to(output: str, model) -> list[str]:
-    """Names of the nodes that an output is computed from."""
+def _leading_to(values: list[str], model) -> list[str]:
+    """Names of the nodes that some values are computed from."""
     makers = {name: node for node in model.graph.node for name in node.output}
-    found, values = set(), [output]
-    while values:
-        node = makers.get(values.pop())
+    found, left = set(), list(values)
+    while left:
+        node = makers.get(left.pop())
         if node is not None and node.name not in found:
             found.add(node.name)
-            values += node.input
+            left += node.input
     return sorted(found)
 
 
