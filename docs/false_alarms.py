@@ -55,7 +55,7 @@ def main() -> None:
     def inspect(stored, *features):
         *maps, descriptor = features
         network = {"prototypes": stored}
-        logits = model.apply(network, None, maps, None, False, method="_logits")
+        logits = model.apply(network, (None, *maps, None), False, method="decode")
         distance = model.apply(network, descriptor, method=lambda network, x: network.whole(x))
         return evaluate.image_score(jax.nn.sigmoid(logits), config.score_pixels), distance
 

@@ -103,7 +103,7 @@ class Pooled(PRN):
     def _channels(self):
         return (3, 3, 3)
 
-    def _stages(self, image):
+    def _stages(self, image, doublings):
         image = image.astype(jnp.float32)
 
         def pooled(side):
@@ -112,10 +112,11 @@ class Pooled(PRN):
 
         return pooled(2), pooled(4), pooled(8), pooled(16), pooled(32)
 
-    def _logits(self, stem, features, deepest, train):
+    def decode(self, stages, train):
         # Means over 9x9 pixels of what is at the border repeated beyond it.
-        padded = jnp.pad(features[0][..., 0], ((0, 0), (1, 1), (1, 1)), mode="edge")
-        b, h, w = features[0].shape[:3]
+        features = stages[1]
+        padded = jnp.pad(features[..., 0], ((0, 0), (1, 1), (1, 1)), mode="edge")
+        b, h, w = features.shape[:3]
         mean = sum(padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)) / 9
         return jax.image.resize(mean, (b, 4 * h, 4 * w), "linear") / 64 - 2
 
