@@ -88,6 +88,9 @@ class Identity:
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Identity":
         """From what `as_json` gave, or from an earlier version's bare configuration."""
+        backbone = stored.get("config", stored).get("backbone", {})
+        if isinstance(backbone.get("doublings"), int):  # it was of one look
+            backbone["doublings"] = [backbone["doublings"]]
         if "fingerprint" not in stored:
             config = {name: value for name, value in stored.items() if name != "steps"}
             steps = stored.get("steps", -1)
