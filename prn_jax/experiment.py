@@ -117,9 +117,7 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.total_steps == 0 and not config.memory.patches:
         config.memory.patches = 4096
     _check_memory(config.memory)
-    doublings = config.backbone.doublings
-    if not doublings or not {0, 1, 2}.issuperset(doublings) or len(doublings) > len(set(doublings)):
-        raise UserError(f"backbone.doublings={doublings}: give some of 0, 1 and 2, each once")
+    _check_some("backbone.doublings", config.backbone.doublings, (0, 1, 2))
     if config.decoder.stride not in (1, 2, 4):
         raise UserError(f"decoder.stride={config.decoder.stride}: give 1, 2 or 4")
     if config.decoder.stem and config.decoder.stride == 4:
@@ -132,7 +130,7 @@ def checked(config: ConfigDict) -> ConfigDict:
         )
     if config.num_seen < 0:
         raise UserError(f"num_seen={config.num_seen}: give 0 or more")
-    _check_scales("attention.scales", config.attention.scales)
+    _check_some("attention.scales", config.attention.scales, (1, 2, 3))
     if not config.attention.divisions or not all(
         isinstance(x, int) and x >= 1 for x in config.attention.divisions
     ):
@@ -161,15 +159,17 @@ def _check_tiles(config: ConfigDict) -> None:
         )
 
 
-def _check_scales(field: str, scales: Sequence[int]) -> None:
-    if not scales or not set(scales) <= {1, 2, 3} or len(set(scales)) < len(scales):
-        raise UserError(f"{field}={tuple(scales)}: give some of 1, 2, 3, each once")
+def _check_some(field: str, values: Sequence[int], choices: tuple[int, ...]) -> None:
+    whole = all(type(x) is int for x in values)  # 1.0 and True equal 1, but count nothing
+    if not values or not whole or not set(values) <= {*choices} or len(set(values)) < len(values):
+        names = ", ".join(map(str, choices))
+        raise UserError(f"{field}={tuple(values)}: give some of {names}, each once")
 
 
 def _check_memory(memory: ConfigDict) -> None:
     if memory.patches < 0:
         raise UserError(f"memory.patches={memory.patches}: give 0 or more")
-    _check_scales("memory.scales", memory.scales)
+    _check_some("memory.scales", memory.scales, (1, 2, 3))
     if memory.window < 0 or (memory.window and memory.window % 2 == 0):
         raise UserError(f"memory.window={memory.window}: give 0 or an odd number of places")
 

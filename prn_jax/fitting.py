@@ -53,23 +53,19 @@ def fit_prototypes(
         _fit_look(config, model, variables, images, some, mesh, look)
         for look in range(len(model.doublings))
     ]
-    result = looks[0]
-    result |= {f"closer_{i}": x for i, x in enumerate(looks[1:])}
     means = descriptors(model, variables, some, mesh, config.eval_batch_size)
     key = jax.random.fold_in(jax.random.key(config.seed), SCALES)
     whole = fit_whole(means, model.kinds, model.num_centres, key, mesh)
+    result = looks[0] | {f"closer_{i}": x for i, x in enumerate(looks[1:])}
     result["whole"] = meshes.replicate(mesh, whole)
     if not model.trained:
-        references = [look.setdefault("patch_map", {}) for look in looks]
-        for x in references:
-            x["reference"] = meshes.replicate(mesh, np.float32(1.0))
         stored = {"prototypes": variables.get("prototypes", {}) | result}
         maps, *_ = predict(model, variables | stored, images, mesh)
         # With 1 for the reference the map is d / (d + 1).
         highest = np.max(maps, axis=(1, 2)).astype(np.float64)
         reference = np.mean(highest / (1.0 - highest))
-        for x in references:
-            x["reference"] = meshes.replicate(mesh, np.float32(reference))
+        for look in looks:
+            look["patch_map"]["reference"] = meshes.replicate(mesh, np.float32(reference))
     return result
 
 
@@ -111,6 +107,8 @@ def _fit_look(
                 maps = over_images(_some_tiles(config, images), features)
             patches = choose_patches(maps, model.num_patches, config.seed)
             result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
+    if not model.trained:
+        result["patch_map"] = {"reference": meshes.replicate(mesh, np.float32(1.0))}
     return result
 
 

@@ -1,8 +1,9 @@
 import jax
 import numpy as np
+import pytest
 
 from configs import default
-from prn_jax import fitting, train
+from prn_jax import evaluate, fitting, train
 from prn_jax import mesh as meshes
 from tests import tiny
 
@@ -25,3 +26,28 @@ def test_prototypes_are_made_of_some_images_where_there_are_many():
     some = fit(images, 3)
     jax.tree.map(np.testing.assert_array_equal, some, fit(images[[0, 2, 4]], 1000))
     assert np.abs(fit(images[:3], 1000)["scale_2"]["maps"] - some["scale_2"]["maps"]).max() > 0
+
+
+def test_each_look_compares_with_what_it_sees_itself():
+    tiny.register()
+    config = default.get_config()
+    config.update_from_flattened_dict(tiny.FIELDS)
+    config.total_steps, config.memory.patches, config.memory.scales = 0, 4, (3,)
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    mesh = meshes.create_mesh(jax.devices()[:1])
+    found = {}
+    for doublings in ((0, 1), (0,), (1,)):
+        config.backbone.doublings = doublings
+        model = train.create_model(config, 1)
+        variables = meshes.replicate(mesh, train.create_variables(config, model))
+        stored = fitting.fit_prototypes(config, model, variables, images, mesh)
+        found[doublings] = jax.tree.map(np.asarray, stored)
+        # The highest place of a normal image is, on average, at the reference.
+        maps, *_ = evaluate.predict(model, variables | {"prototypes": stored}, images, mesh)
+        highest = maps.max(axis=(1, 2)).astype(np.float64)
+        assert np.mean(highest / (1 - highest)) == pytest.approx(1, rel=1e-3)
+    both, closer = found[0, 1], found[0, 1].pop("closer_0")
+    assert closer["patch_map"] == both["patch_map"]
+    for own, alone in ((both, found[(0,)]), (closer, found[(1,)])):
+        np.testing.assert_allclose(own["scale_2"]["maps"], alone["scale_2"]["maps"], atol=1e-5)
+        np.testing.assert_array_equal(own["memory_2"]["patches"], alone["memory_2"]["patches"])

@@ -71,9 +71,9 @@ def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings)
 
 def test_an_image_is_not_enlarged_without_end():
     config = default.get_config()
-    for wrong in ((3,), (), (0, 0)):
+    for wrong in ((3,), (), (0, 0), (1.0,), (True,)):
         config.backbone.doublings = wrong
-        with pytest.raises(UserError, match=r"backbone.doublings=.*: give some of 0, 1 and 2"):
+        with pytest.raises(UserError, match=r"backbone.doublings=.*: give some of 0, 1, 2, each"):
             experiment.checked(config)
 
 
