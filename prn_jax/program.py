@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -20,6 +21,7 @@ from prn_jax.errors import Interrupted, UserError, shown
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _CONFIGS = _PACKAGE / "configs"
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_LIBRARY_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 flags.disclaim_key_flags()  # what is defined here belongs to the program that asks for it
 
 
@@ -104,12 +106,27 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
     if _wants_help(sys.argv[1:]):
         print(_help(sys.modules[main.__module__]))
         sys.exit()
+    _leave_convs_to_eigen()
     _use_huge_pages()
     sys.argv = _with_config_file(sys.argv)
     app.run(
         lambda rest: _guarded(lambda: main(rest[1:]) if positional else main(), afterwards),
         flags_parser=lambda argv: _parse(argv, positional),
     )
+
+
+def _leave_convs_to_eigen() -> None:
+    """On CPUs: keeps XLA from giving convs to YNNPACK.
+
+    Its convs took 1.5 times as long as those of Eigen, which XLA has used before, and their
+    gradients by the kernel up to four times (docs/benchmarks.md). XLA reads its flags when a
+    backend starts, and ends the process where it does not know one: hence the versions.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    release = tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2])
+    if _LIBRARY_FUSIONS not in given and release < (0, 11):
+        ours = f"--{_LIBRARY_FUSIONS}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+        os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
 
 
 def _use_huge_pages() -> None:

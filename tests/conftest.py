@@ -24,6 +24,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=1",
         "--xla_llvm_disable_expensive_passes=true",
+        # As in the programs (`prn_jax.program`).
+        "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     )
 )

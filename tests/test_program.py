@@ -44,3 +44,35 @@ def test_memory_is_in_huge_pages_where_programs_decide(tmp_path, given, as_modul
     tunables = ":".join(filter(None, expected))
     assert after == f"{number} {sys.prefix} a b ['ä', '*'] {tunables}"
     assert before == [number] * len(before)
+
+
+CONV = """
+import os
+import jax
+from jax import lax, numpy as jnp
+from prn_jax import program
+
+def main():
+    x, kernel = jnp.ones((1, 64, 8, 8)), jnp.ones((64, 64, 3, 3))
+    conv = jax.jit(lambda x: lax.conv(x, kernel, (1, 1), "SAME"))
+    print("ynn" in conv.lower(x).compile().as_text())
+    print(os.environ["XLA_FLAGS"])
+
+if __name__ == "__main__":
+    program.run(main)
+"""
+FUSIONS = "--xla_cpu_experimental_ynn_fusion_type="
+OURS = f"{FUSIONS}-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+ANOTHER = "--xla_llvm_disable_expensive_passes=true"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("", OURS), (ANOTHER, f"{ANOTHER} {OURS}"), (FUSIONS, FUSIONS)]
+)
+def test_convs_are_left_to_eigen(tmp_path, given, expected):
+    """XLA takes the flag and heeds it; who has set it is left alone."""
+    path = tmp_path / "conv.py"
+    path.write_text(CONV)
+    finished = execute([sys.executable, str(path)], PYTHONPATH=os.getcwd(), XLA_FLAGS=given)
+    assert not finished.returncode, finished.stderr
+    assert finished.stdout.splitlines() == ["False", expected]
