@@ -38,8 +38,8 @@ setup(
         "safetensors>=0.5",
         "scipy>=1.14",
         "tensorboard>=2.20",  # clu.metric_writers needs it and does not say so
-        # TensorFlow reads and synthesises images on the host only: the CPU build will do. 2.21 knows the
-        # XLA flag of prn_jax/program.py.
+        # TensorFlow reads and synthesises images on the host only: the CPU build will do. 2.21 is
+        # the first that knows the XLA flag of prn_jax/program.py.
         "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "tensorflow-datasets>=4.9.10",  # older ones break with protobuf 7
