@@ -4,7 +4,7 @@ A map says where something is wrong with a product. It says little of another pr
 that was moved or a lamp that has changed: those differ everywhere a little. What tells them is the
 mean of each feature over the image, and of each colour: its distance from the nearest of a few such
 means of normal images. (The distance of whole maps, which residuals are made of, tells another
-product, but not the light: docs/experiments.md.)
+product, but not the light: docs/experiments_use.md.)
 """
 
 import flax.linen as nn
