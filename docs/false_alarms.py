@@ -4,7 +4,8 @@ r"""Promised and observed false alarms over draws of what is held out, without t
         --config.data.manual_dir=MVTEC --config.image_size=128 --held=21 --draws=20
 
 Of the normal training images `--held` set the thresholds, and `--judged` others and test/good say
-how many false alarms there are; the rest is the memory of patches. Figures: docs/experiments_use.md.
+how many false alarms there are; the rest is the memory of patches. Figures are in
+docs/experiments_use.md.
 """
 
 import functools
