@@ -121,6 +121,8 @@ def test_the_report_works_in_a_browser(tmp_path, browser):
     from selenium.webdriver.support.select import Select
 
     runs = {name: make_run(tmp_path, name) for name in ("bottle", "pill")}
+    runs["bottle"]["thresholds"]["rates"] = []  # nothing was held out
+    results.write_run(tmp_path / "bottle", runs["bottle"])
     report.write_report(tmp_path, tmp_path / "report.html")
     browser.get((tmp_path / "report.html").as_uri())
 
@@ -146,6 +148,7 @@ def test_the_report_works_in_a_browser(tmp_path, browser):
         assert find("heading").text == name
         assert matrix() == expected(run["test"], 0.5)
         assert len(cards()) == len(run["test"])
+        assert find("promises").is_displayed() == bool(run["thresholds"]["rates"])
 
     # The hardest error comes first.
     def hardness(entry):
