@@ -106,7 +106,7 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
     if _wants_help(sys.argv[1:]):
         print(_help(sys.modules[main.__module__]))
         sys.exit()
-    _leave_convs_to_eigen()
+    leave_convs_to_eigen()
     _use_huge_pages()
     sys.argv = _with_config_file(sys.argv)
     app.run(
@@ -115,16 +115,15 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
     )
 
 
-def _leave_convs_to_eigen() -> None:
-    """On CPUs: keeps XLA from giving convs to YNNPACK.
+def leave_convs_to_eigen() -> None:
+    """On CPUs: keeps XLA from giving convs to YNNPACK, as jaxlib 0.10.1 began to.
 
-    Its convs took 1.5 times as long as those of Eigen, which XLA has used before, and their
-    gradients by the kernel up to four times (docs/benchmarks.md). XLA reads its flags when a
-    backend starts, and ends the process where it does not know one: hence the versions.
+    Its convs take 1.2 to 1.8 times as long as those of Eigen, and their gradients by the kernel up
+    to four times (docs/benchmarks.md). XLA reads its flags when a backend starts, and ends the
+    process where it does not know one: hence the version.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    release = tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2])
-    if _LIBRARY_FUSIONS not in given and release < (0, 11):
+    if _LIBRARY_FUSIONS not in given and metadata.version("jaxlib").startswith("0.10."):
         ours = f"--{_LIBRARY_FUSIONS}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
         os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
 

@@ -24,8 +24,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=1",
         "--xla_llvm_disable_expensive_passes=true",
-        # As in the programs (`prn_jax.program`).
-        "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     )
 )
@@ -42,6 +40,10 @@ with contextlib.suppress(ValueError):  # not the main thread
 
 import filelock  # noqa: E402
 import pytest  # noqa: E402
+
+from prn_jax import program  # noqa: E402
+
+program.leave_convs_to_eigen()  # as each program does
 
 
 @pytest.fixture(scope="session")
