@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# What is imported is compiled then: a fraction of TensorFlow and JAX.
+INSTALL = -m pip install --quiet --no-compile
 
 .PHONY: demo test test-export lint lowest clean
 
@@ -32,25 +34,25 @@ lowest: $(VENV)-lowest/.done
 
 $(VENV)-lowest/.done: setup.py
 	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet uv
+	$(VENV)-lowest/bin/python $(INSTALL) uv
 	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python \
 		--resolution lowest-direct -e ".[demo,dev]"
 	touch $@
 
 $(VENV)/.demo: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	$(BIN)/python $(INSTALL) --upgrade pip
+	$(BIN)/python $(INSTALL) -e ".[demo]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e ".[demo,dev]"
+	$(BIN)/python $(INSTALL) -e ".[demo,dev]"
 	touch $@
 
 $(VENV)-export/.dev: setup.py
 	$(PYTHON) -m venv $(VENV)-export
-	$(VENV)-export/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-export/bin/python -m pip install --quiet -e ".[demo,dev,export,ray]"
+	$(VENV)-export/bin/python $(INSTALL) --upgrade pip
+	$(VENV)-export/bin/python $(INSTALL) -e ".[demo,dev,export,ray]"
 	touch $@
 
 clean:
