@@ -60,7 +60,7 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
     page = template.substitute(
         title=html.escape(f"PRN on {dataset}"),
         subtitle=html.escape(
-            f"{len(runs)} run{'s'[: len(runs) - 1]}, {first['backbone']['name']}, "
+            f"{len(runs)} run{'' if len(runs) == 1 else 's'}, {first['backbone']['name']}, "
             f"{Tiling.of(ConfigDict(first))} pixels. In percent."
         ),
         table=_table([(name, run) for name, _, run in runs], dataset),
