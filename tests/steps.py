@@ -41,9 +41,8 @@ def train_briefly(root):
     config = folder.get_config()
     config.update_from_flattened_dict({
         "data.manual_dir": str(root / "raw [0] *"), "data.data_dir": str(root / "records"),
-        "image_size": (64, 64), "backbone.name": "efficientnet_lite0", "backbone.weights": "random",
-        "attention.layers": 1, "prototypes.iterations": 3, "synthesis.max_textures": 20,
-        "batch_size": 8, "total_steps": 2,
+        "image_size": (64, 64), "backbone.weights": "random", "prototypes.iterations": 3,
+        "synthesis.max_textures": 20, "batch_size": 8, "total_steps": 2,
     })  # fmt: skip
     experiment.train_and_evaluate(config, str(root / PLACE.parent))
 
