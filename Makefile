@@ -21,7 +21,7 @@ test: $(VENV)/.dev test-export
 # The packages of the extra "export" want older versions of others than the suite runs with; Ray is
 # large.
 test-export: $(VENV)-export/.dev
-	$(VENV)-export/bin/python -m pytest -n 2 --dist loadfile tests/test_ray_data.py \
+	$(VENV)-export/bin/python -m pytest -n 2 --dist worksteal tests/test_ray_data.py \
 		tests/test_export_formats.py -k "onnx or openvino or workers"
 
 lint: $(VENV)/.dev

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -48,8 +49,8 @@ class Checkpoints:
                 ),
                 # By handlers, for the metadata of an item that only has a name cannot be read.
                 item_handlers={
-                    "model": ocp.StandardCheckpointHandler(),
-                    "optimizer": ocp.StandardCheckpointHandler(),
+                    "model": _trees(),
+                    "optimizer": _trees(),
                     "config": ocp.JsonCheckpointHandler(),
                 },
             )
@@ -71,8 +72,8 @@ class Checkpoints:
         self.wait()
         self._check_room((model, optimizer))
         items = ocp.args.Composite(
-            model=ocp.args.StandardSave(model),
-            optimizer=ocp.args.StandardSave(optimizer),
+            model=ocp.args.PyTreeSave(model),
+            optimizer=ocp.args.PyTreeSave(optimizer),
             config=ocp.args.JsonSave(identity.as_json()),
         )
         with _writable(self.folder):
@@ -99,9 +100,7 @@ class Checkpoints:
           UserError: the checkpoint's arrays are others, or cannot be read.
         """
         step = self.latest_step() if step is None else step
-        items = ocp.args.Composite(
-            model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer)
-        )
+        items = ocp.args.Composite(model=_into(model), optimizer=_into(optimizer))
         try:
             restored = self._manager.restore(step, args=items)
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -122,7 +121,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), metadata
         )
-        items = ocp.args.Composite(model=ocp.args.StandardRestore(abstract, fallback_sharding=here))
+        items = ocp.args.Composite(model=_into(abstract))
         return self._manager.restore(step, args=items).model
 
     def identity(self, step: int | None = None) -> Identity:
@@ -194,6 +193,26 @@ def check_outside(path: str | os.PathLike, flag: str) -> None:
                 f"{flag}={shown(path)}: nothing else may lie among the checkpoints in "
                 f"{shown(folder)}; give another place"
             )
+
+
+def _trees() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of trees of arrays, each saved by one of the devices that hold it whole.
+
+    By default each of them saves a slice: a small program for each array and device to compile,
+    hundreds before the first checkpoint (google/orbax, issue 2934), for some megabytes here.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    numpy = ocp.type_handlers.NumpyHandler()
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, numpy)
+        )
+    )
+
+
+def _into(tree: Tree) -> ocp.args.PyTreeRestore:
+    """Asks for arrays of the shapes, types and devices of these leaves."""
+    return ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
 
 
 class _GlobProof(type(epath.Path("/"))):

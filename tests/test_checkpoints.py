@@ -42,6 +42,21 @@ def test_what_is_saved_comes_back_and_old_ones_go(tree, tmp_path):
     checkpoints.close()
 
 
+def test_saving_what_every_device_holds_compiles_nothing(tmp_path):
+    mesh, compiled = meshes.create_mesh(), []
+    tree = {"a": meshes.replicate(mesh, np.random.default_rng(0).random((8 * mesh.size, 3)))}
+    checkpoints = Checkpoints(tmp_path)
+    jax.monitoring.register_event_duration_secs_listener(lambda *event, **_: compiled.append(event))
+    try:
+        checkpoints.save(1, tree, tree, MADE_OF)
+        checkpoints.close()
+        assert not [name for name, _ in compiled if "compile" in name]
+        jax.jit(lambda x: x + 1).lower(1).compile()  # what is listened to
+        assert [name for name, _ in compiled if "compile" in name]
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
 def test_an_unfinished_save_is_no_checkpoint(tree, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(5, tree, {"step": tree["b"]}, MADE_OF)
