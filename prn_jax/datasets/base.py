@@ -15,7 +15,6 @@ import abc
 import collections
 import contextlib
 import functools
-import hashlib
 import io
 import logging as std_logging
 import os
@@ -29,38 +28,12 @@ from absl import logging
 from etils import epath
 
 from prn_jax import images
-from prn_jax.datasets import roi
+from prn_jax.datasets import raw, roi
 from prn_jax.datasets.layout import GOOD, Example, read_mask
 from prn_jax.errors import UserError, is_plain, shown
 
-_TAIL = 4096  # bytes
 # A mask that marks more of its image is taken for inverted (MVTec's largest, transistor: 0.494).
 _INVERTED = 0.5
-
-
-def fingerprint(folder: pathlib.Path, examples: Iterable[Example]) -> str:
-    """Hashes what a category's files are, to notice when they change.
-
-    Names, sizes, the images' last 4 KiB (a PNG ends in its checksum; uncompressed pixels of another
-    photograph differ there by their noise), the whole masks, the region of interest. No times:
-    hosts that share the TFRecords may have copied the raw files at different ones.
-    """
-    digest = hashlib.sha256()
-    for example in examples:
-        for path, tail in ((example.image, _TAIL), (example.mask, None)):
-            if path is None:
-                continue
-            try:
-                with path.open("rb") as file:
-                    size = file.seek(0, os.SEEK_END)
-                    file.seek(0 if tail is None else max(0, size - tail))
-                    end = file.read()
-            except OSError as error:
-                raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from error
-            name = os.fsencode(path.relative_to(folder))
-            digest.update(b"%s\0%s\0%d\0" % (example.split.encode(), name, size) + end)
-    digest.update(roi.content(folder))
-    return digest.hexdigest()
 
 
 class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -252,7 +225,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def _source_fingerprint(cls, folder: pathlib.Path) -> str:
-        return fingerprint(folder, cls._scan_sorted(folder)[0])
+        return raw.fingerprint(folder, cls._scan_sorted(folder)[0])
 
     @classmethod
     def _scan_sorted(cls, folder: pathlib.Path) -> tuple[list[Example], list[pathlib.Path]]:
@@ -310,7 +283,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if source is None:
             raise self._missing(dl_manager.manual_dir, category)
         examples, stray = self._scan_sorted(source)
-        self.info.metadata["fingerprint"] = fingerprint(source, examples)
+        self.info.metadata["fingerprint"] = raw.fingerprint(source, examples)
         self._start_report(stray)
         self._region = roi.read(source)
         if self._region is not None:
@@ -329,8 +302,9 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         normal = [x for x in deep if x.split == "train" and x.defect in (GOOD, None)]
         highest = 0
         for example in normal or deep:
-            picture = images.read_picture(example.image)
-            highest = max(highest, picture.declared, int(picture.levels.max(initial=0)))
+            with contextlib.suppress(UserError):  # refused with all others
+                picture = images.read_picture(example.image)
+                highest = max(highest, picture.declared, int(picture.levels.max(initial=0)))
         if not deep:
             return 0
         white = images.white_level(highest)
@@ -343,9 +317,16 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return white
 
     def _generate_examples(self, examples: Iterable[Example]) -> Iterator[tuple[str, dict]]:
+        wrong = []
         for example in examples:
-            picture = images.read_picture(example.image)
-            size = picture.levels.shape[:2]
+            try:
+                picture = images.read_picture(example.image)
+                size = picture.levels.shape[:2]
+                mask = read_mask(example, size)
+            except UserError as error:
+                wrong.append((example.image, str(error)))
+            if wrong:  # the rest is only looked at
+                continue
             if picture.pages > 1:
                 self._report["several images in a file, the first is read"].append(example.image)
             if picture.levels.dtype != np.uint8 and picture.levels.max(initial=0) > self._white:
@@ -354,7 +335,6 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 self._report[f"of other proportions than {roi.NAME}, stretched"].append(
                     example.image
                 )
-            mask = read_mask(example, size)
             defect = example.defect
             if defect is None:
                 defect = "defect" if mask.any() else GOOD
@@ -366,6 +346,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 )
             data = images.encode(picture, self._white)
             yield self._record(example.id, example.split, defect, data, mask)
+        raw.refuse(wrong)
 
     def _record(
         self, id_: str, split: str, defect: str, image: bytes, mask: np.ndarray
@@ -396,7 +377,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             parts.append(f"{split} " + (", ".join(f"{n} {d}" for d, n in found) or "empty"))
         logging.info("%s: %s; TFRecords in %s", self._title, "; ".join(parts), shown(self.data_dir))
         for what, paths in self._report.items():
-            logging.warning("%s: %s: %s", self._title, what, _some(paths))
+            logging.warning("%s: %s: %s", self._title, what, raw.some(paths))
         official = self.counts.get(self.category)
         if official is not None:
             kinds = ("train normal", "train defective", "test normal", "test defective")
@@ -420,11 +401,6 @@ def _say_skipped(title: str, stray: list[pathlib.Path]) -> None:
 @functools.cache
 def _say_once(text: str) -> None:
     logging.info("%s", text)
-
-
-def _some(paths: list[pathlib.Path], most: int = 5) -> str:
-    named = ", ".join(map(shown, paths[:most]))
-    return f"{len(paths)} files: {named}{', ...' if len(paths) > most else ''}"
 
 
 def _is_news(record: std_logging.LogRecord) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prn_jax import images
-from prn_jax.datasets import base, folder
+from prn_jax.datasets import folder, raw
 from prn_jax.errors import UserError, shown
 
 _KINDS = {
@@ -216,7 +216,7 @@ def _read(root: bytes) -> list[dict]:
     with tempfile.TemporaryDirectory() as data_dir:
         builder = folder.Folder.open("cup", "", data_dir)
         examples, stray = builder._scan_sorted(path)
-        base.fingerprint(path, examples)
+        raw.fingerprint(path, examples)
         builder._start_report(stray)
         builder._region = None
         builder._white = builder._find_white(examples)

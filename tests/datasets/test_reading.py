@@ -237,6 +237,25 @@ def test_masks_of_no_defect_at_all_are_not_taken_for_anothers(cup, load):
         load()
 
 
+def test_all_files_that_are_wrong_are_named_at_once(cup, load):
+    good = cup / "train/good"
+    levels = np.random.default_rng(0).integers(0, 4096, trees.SIZE)
+    trees.save(good / "deep.png", levels.astype(np.uint16))
+    for name in ("001.png", "002.png", "deep.png"):
+        os.truncate(good / name, 60)
+    (cup / "test/dent/000.png").write_bytes(b"")  # another split
+    with pytest.raises(
+        UserError, match="001.png: not a readable .*; wrong as well: 2 files: "
+    ) as e:
+        load()
+    assert str(good / "002.png") in str(e.value)
+    assert str(good / "deep.png") in str(e.value)
+    for name in ("a.png", "b.png"):
+        (good / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match="a.png: cannot be read: No such file .*: 1 file: .*b.png"):
+        load()
+
+
 @pytest.mark.parametrize("name", ["OK", "Normal", "no_defects"])
 def test_a_misnamed_folder_in_one_of_several_products_is_asked_about(tmp_path, name):
     for product in ("bolt", "nut"):

@@ -1,0 +1,55 @@
+"""A category's raw files as a whole: their fingerprint, and all that are wrong in one line."""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from prn_jax.datasets import roi
+from prn_jax.datasets.layout import Example
+from prn_jax.errors import UserError, shown
+
+_TAIL = 4096  # bytes
+
+
+def fingerprint(folder: pathlib.Path, examples: Iterable[Example]) -> str:
+    """Hashes what a category's files are, to notice when they change.
+
+    Names, sizes, the images' last 4 KiB (a PNG ends in its checksum; uncompressed pixels of another
+    photograph differ there by their noise), the whole masks, the region of interest. No times:
+    hosts that share the TFRecords may have copied the raw files at different ones.
+    """
+    digest = hashlib.sha256()
+    wrong = []
+    for example in examples:
+        for path, tail in ((example.image, _TAIL), (example.mask, None)):
+            if path is None:
+                continue
+            try:
+                with path.open("rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    file.seek(0 if tail is None else max(0, size - tail))
+                    end = file.read()
+            except OSError as error:
+                reason = f"{shown(path)}: cannot be read: {error.strerror}; mend or remove it"
+                wrong.append((path, reason))
+                continue
+            name = os.fsencode(path.relative_to(folder))
+            digest.update(b"%s\0%s\0%d\0" % (example.split.encode(), name, size) + end)
+    refuse(wrong)
+    digest.update(roi.content(folder))
+    return digest.hexdigest()
+
+
+def refuse(wrong: list[tuple[pathlib.Path, str]]) -> None:
+    """Refuses all files that are wrong at once, with what is wrong with the first."""
+    if wrong:
+        paths, reasons = zip(*wrong)
+        others = f"; wrong as well: {some(paths[1:])}" if len(wrong) > 1 else ""
+        raise UserError(f"{reasons[0]}{others}")
+
+
+def some(paths: Sequence[pathlib.Path], most: int = 5) -> str:
+    """Their number, and the names of the first `most`."""
+    number = "1 file" if len(paths) == 1 else f"{len(paths)} files"
+    return f"{number}: {', '.join(map(shown, paths[:most]))}{', ...' if len(paths) > most else ''}"
