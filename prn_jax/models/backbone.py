@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from prn_jax.errors import UserError
+from prn_jax.models.depthwise import depthwise_conv
 from prn_jax.models.layers import Dtype, he_normal
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -47,28 +48,6 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     x = jnp.maximum(jnp.maximum(x[:, 0:-2:2], x[:, 1:-1:2]), x[:, 2::2])
     return jnp.maximum(jnp.maximum(x[:, :, 0:-2:2], x[:, :, 1:-1:2]), x[:, :, 2::2])
-
-
-def depthwise_conv(
-    x: Float[Array, "b h w c"],
-    kernel: Float[Array, "k k 1 c"],
-    stride: int,
-    padding: list[tuple[int, int]],
-) -> Float[Array, "b h2 w2 c"]:
-    """One k x k filter per channel, as a sum of shifted images.
-
-    XLA fuses the sum into one pass over memory. On CPU its grouped convolution takes 20 to 60
-    times as long; elsewhere both are bound by memory. Other runtimes have a kernel for the grouped
-    one (`Conv.grouped`).
-    """
-    size = kernel.shape[0]
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    high, wide = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
-    return sum(
-        x[:, i : i + high : stride, j : j + wide : stride] * kernel[i, j, 0]
-        for i in range(size)
-        for j in range(size)
-    )
 
 
 class Conv(nn.Module):
@@ -107,10 +86,10 @@ class Conv(nn.Module):
         ).value.astype(self.dtype)
         x = x.astype(self.dtype)
         strides = (self.stride, self.stride)
-        padding = [(self.size // 2, self.size // 2)] * 2
+        padding = ((self.size // 2, self.size // 2),) * 2
         if self.tf_padding:
             pads = lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME")
-            padding = [(int(low), int(high)) for low, high in pads]  # older JAX has NumPy's
+            padding = tuple((int(low), int(high)) for low, high in pads)  # older JAX has NumPy's
         if self.depthwise and not self.grouped:
             return depthwise_conv(x, kernel, self.stride, padding) + bias
         found = lax.conv_general_dilated(
