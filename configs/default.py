@@ -132,7 +132,7 @@ def get_config() -> ConfigDict:
     config.total_steps = -1
     config.optimizer = ConfigDict()
     # AdamW's peak learning rate, reached after the warm-up, then a cosine to 0. PRNet: 1e-4 with
-    # Adam. Ours; twice as much is for smaller networks (docs/experiments.md, 11).
+    # Adam. Ours; twice as much is for smaller networks (docs/experiments_fast.md).
     config.optimizer.learning_rate = 1e-3
     # Decoupled weight decay, on kernels only. Ours.
     config.optimizer.weight_decay = 1e-2

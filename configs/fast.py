@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
     config.attention.scales = (2, 3)
     config.decoder.width = 0.5
     config.decoder.stride = 4
-    # A smaller network learns faster (docs/experiments.md, 11).
+    # A smaller network learns faster (docs/experiments_fast.md).
     config.optimizer.learning_rate = 2e-3
     return config
