@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -28,6 +29,11 @@ def shown(path: str | os.PathLike) -> str:
     """A path as it can be printed: in one line, what isn't text being escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
+def shown_first(paths: Sequence[str | os.PathLike], most: int = 5) -> str:
+    """The first `most` paths as they can be printed, and dots where there are more."""
+    return ", ".join(map(shown, paths[:most])) + (", ..." if len(paths) > most else "")
 
 
 def is_plain(name: str) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from scipy import ndimage, sparse
 
 from prn_jax import deep
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, shown, shown_first
 
 # The files are the user's own, however large they and their metadata are.
 Image.MAX_IMAGE_PIXELS = None
@@ -137,7 +137,7 @@ def _identity(folder: pathlib.Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def describe(paths: list[pathlib.Path], most: int = 5) -> str:
+def describe(paths: list[pathlib.Path]) -> str:
     """Counts and names what `find_images` skipped, with the reasons: one line."""
     reasons: dict[str, list[pathlib.Path]] = {}
     for path in paths:
@@ -145,9 +145,7 @@ def describe(paths: list[pathlib.Path], most: int = 5) -> str:
         reason = "out of place or read already" if reason == "a folder" else reason
         reasons.setdefault(reason, []).append(path)
     return "; ".join(
-        f"{len(some)} {reason}: {', '.join(map(shown, some[:most]))}"
-        f"{', ...' if len(some) > most else ''}"
-        for reason, some in reasons.items()
+        f"{len(some)} {reason}: {shown_first(some)}" for reason, some in reasons.items()
     )
 
 

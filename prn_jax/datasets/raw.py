@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from prn_jax.datasets import roi
 from prn_jax.datasets.layout import Example
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, shown, shown_first
 
 _TAIL = 4096  # bytes
 
@@ -49,7 +49,6 @@ def refuse(wrong: list[tuple[pathlib.Path, str]]) -> None:
         raise UserError(f"{reasons[0]}{others}")
 
 
-def some(paths: Sequence[pathlib.Path], most: int = 5) -> str:
-    """Their number, and the names of the first `most`."""
-    number = "1 file" if len(paths) == 1 else f"{len(paths)} files"
-    return f"{number}: {', '.join(map(shown, paths[:most]))}{', ...' if len(paths) > most else ''}"
+def some(paths: Sequence[pathlib.Path]) -> str:
+    """Their number, and the names of the first."""
+    return f"{len(paths)} file{'s' if len(paths) > 1 else ''}: {shown_first(paths)}"

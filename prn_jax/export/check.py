@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from prn_jax import images, metrics, results
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.export.graph import Graph, Size
 
 TOLERANCE = 1e-4
@@ -164,8 +164,7 @@ def read_folder(folder: pathlib.Path, given: Size, white: int) -> list[bytes]:
     if resized:
         logging.warning(
             "--images: %d of %d are not %dx%d (height x width), as the export takes them, and are "
-            "resized before: %s%s", len(resized), len(paths), *given,
-            ", ".join(map(shown, resized[:5])), ", ..." if len(resized) > 5 else "",
+            "resized before: %s", len(resized), len(paths), *given, shown_first(resized),
         )  # fmt: skip
     return found
 
