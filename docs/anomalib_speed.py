@@ -3,10 +3,10 @@ r"""How fast anomalib's PatchCore and EfficientAD judge images on this machine.
     python -m venv peers && peers/bin/pip install torch==2.14.1 torchvision==0.29.1 anomalib==2.7.0
     peers/bin/python docs/anomalib_speed.py --image_size=256
 
-To put beside launch/export_speed.py's rows; needs nothing of this package. The networks have random
-weights, which take the same time: PatchCore with ResNet-18's stages 2 and 3 and as large a memory as
-10 % of the patches of `--images` normal images, and EfficientAD's small network. Figures are in
-docs/benchmarks.md.
+To put beside launch/export_speed.py's rows; needs nothing of this package. The networks have
+random weights, which take the same time: PatchCore with ResNet-18's stages 2 and 3 and as large a
+memory as 10 % of the patches of `--images` normal images, and EfficientAD's small network. Figures
+are in docs/benchmarks.md.
 """
 
 import argparse
