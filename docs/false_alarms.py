@@ -43,7 +43,7 @@ def main() -> None:
     mesh = meshes.create_mesh(jax.devices()[:1])
     data = input_pipeline.load_category(config, config.category)
     count = len(data.train) - HELD.value - JUDGED.value
-    model = create_model(config, num_prototypes(count, config.prototypes.ratio))
+    model = create_model(config, num_prototypes(count, config.prototypes))
     variables = train.create_variables(config, model)
     size = config.eval_batch_size
 

@@ -35,7 +35,7 @@ def main() -> None:
     config.data.holdout, config.memory.patches = 0.2, 0
     mesh = meshes.create_mesh(jax.devices()[:1])
     data = input_pipeline.load_category(config, config.category)
-    model = create_model(config, num_prototypes(len(data.train), config.prototypes.ratio))
+    model = create_model(config, num_prototypes(len(data.train), config.prototypes))
     variables = meshes.replicate(mesh, train.create_variables(config, model))
     stored = train.fit_prototypes(config, model, variables, data.train.image, mesh)
     network = variables | {"prototypes": stored}

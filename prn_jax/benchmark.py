@@ -86,7 +86,7 @@ def measure_k_means(config: ConfigDict, mesh: Mesh, num_normal: int) -> Figures:
       compilation).
     """
     height, width = config.image_size
-    model = create_model(config, num_prototypes(num_normal, config.prototypes.ratio))
+    model = create_model(config, num_prototypes(num_normal, config.prototypes))
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
     prototypes = jax.eval_shape(model.init, jax.random.key(0), image)["prototypes"]
     figures = {"points": num_normal, "clusters": model.num_prototypes}
@@ -187,7 +187,7 @@ def describe_device() -> Figures:
 
 
 def _network(config: ConfigDict, num_normal: int) -> tuple[PRN, Any]:
-    model = create_model(config, num_prototypes(num_normal, config.prototypes.ratio))
+    model = create_model(config, num_prototypes(num_normal, config.prototypes))
     return model, train.initialise(config, model)
 
 

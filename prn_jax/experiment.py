@@ -117,13 +117,20 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.total_steps == 0 and not config.memory.patches:
         config.memory.patches = 4096
     _check_memory(config.memory)
+    if config.total_steps == 0 and config.memory.window:
+        raise UserError(
+            f"memory.window={config.memory.window} has no place in total_steps=0, where the map is "
+            "the distance to memory.patches: give 0"
+        )
     _check_some("backbone.doublings", config.backbone.doublings, (0, 1, 2))
     if config.decoder.stride not in (1, 2, 4):
         raise UserError(f"decoder.stride={config.decoder.stride}: give 1, 2 or 4")
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
-    if not 0 <= config.data.holdout < 1:
-        raise UserError(f"data.holdout={config.data.holdout}: give a share from 0 to below 1")
+    shares = {"data.holdout": config.data.holdout, "optimizer.warmup": config.optimizer.warmup}
+    for field, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{field}={value}: give a share from 0 to below 1")
     if not all(0 < rate < 1 for rate in config.thresholds.false_alarms):
         raise UserError(
             f"thresholds.false_alarms={config.thresholds.false_alarms}: give shares between 0 and 1"
@@ -325,7 +332,6 @@ def _run_category(
         maps[:, inside],
         data.test.mask[:, inside],
         trained_on=lambda: _inside(predict(some_normals), inside),
-        known=data.test.has_mask,
         held=_inside(held, inside),
         distances=(distances, held[2]),
     )

@@ -7,6 +7,7 @@
 import dataclasses
 import io
 import os
+import zipfile
 
 import numpy as np
 from etils import epath
@@ -83,7 +84,7 @@ def read(folder: str | os.PathLike) -> Normals:
             whole, end = stored["jpeg"].tobytes(), stored["end"].tolist()
             files = [whole[a:b] for a, b in zip([0, *end], end)]
             return Normals(stored["id"].tolist(), stored["descriptor"], files)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{shown(path)} is missing or damaged: there are no normal images to explain with; "
             "remove results.json of the run and run the category again (it is only evaluated)"

@@ -39,18 +39,12 @@ class Images:
       mask: uint8 [n, h, w] in {0, 1}.
       defect: names, "good" for a normal image.
       id: paths below the category, without extension.
-      has_mask: whether `mask` is known, bool [n]: of normal images, and of defects with a mask.
     """
 
     image: np.ndarray
     mask: np.ndarray
     defect: list[str]
     id: list[str]
-    has_mask: np.ndarray | None = None
-
-    def __post_init__(self):
-        if self.has_mask is None:
-            object.__setattr__(self, "has_mask", np.ones(len(self.id), bool))
 
     def __len__(self) -> int:
         return len(self.id)
@@ -59,6 +53,15 @@ class Images:
     def label(self) -> np.ndarray:
         """1 for an anomalous image, 0 for a normal one, int [n]."""
         return np.array([defect != "good" for defect in self.defect], int).reshape(-1)
+
+    @functools.cached_property
+    def has_mask(self) -> np.ndarray:
+        """Whether the pixels can be judged, bool [n]: of normal images, and where some are marked.
+
+        A defect without a mask, or with one of which nothing is left, marks none.
+        """
+        marked = (mask.any() for mask in self.mask)
+        return np.array([x or not anomalous for x, anomalous in zip(marked, self.label)], bool)
 
     def select(self, chosen: Sequence[bool]) -> "Images":
         """Those whose entry is true."""
@@ -71,7 +74,6 @@ class Images:
             disk.rows(self.mask, index),
             [self.defect[i] for i in index],
             [self.id[i] for i in index],
-            self.has_mask[index],
         )
 
 
@@ -163,17 +165,13 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     )
     size, metadata = Tiling.of(config).size, builder.info.metadata or {}
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
-    lacking = [x for split in (train, test) for x, known in zip(split.id, split.has_mask)
-               if not known]  # fmt: skip
-    _say_unmarked(category, "%d anomalous images have no mask", lacking)
     roi = from_text(metadata["roi"], size) if "roi" in metadata else None
     if roi is not None:
         logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
-        train, test = (_inside(split, roi, category) for split in (train, test))
+        train, test = (within(split, roi, category) for split in (train, test))
     source = test if builder.seen_from == "test" else train
     anomalous = source.select(source.label == 1)
-    usable = anomalous.has_mask & anomalous.mask.any(axis=(1, 2))
-    seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, usable))
+    seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, anomalous.has_mask))
     normal = train.select(train.label == 0)
     if not len(normal):
         raise UserError(
@@ -200,14 +198,13 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     )
 
 
-def _inside(split: Images, roi: np.ndarray, category: str) -> Images:
-    """Images whose masks mark nothing outside of the region of interest."""
-    mask = split.mask * roi
-    marked, left = (x.any(axis=(1, 2)) for x in (split.mask, mask))
-    outside = [x for x, gone in zip(split.id, marked & ~left) if gone]
+def within(split: Images, roi: np.ndarray, category: str) -> Images:
+    """Images whose masks mark nothing outside of the region of interest; says which are lost."""
+    found = dataclasses.replace(split, mask=split.mask * roi)
+    outside = [x for x, gone in zip(split.id, split.has_mask & ~found.has_mask) if gone]
     what = "the defects of %d images lie outside of the region of interest"
     _say_unmarked(category, what, outside)
-    return dataclasses.replace(split, mask=mask, has_mask=split.has_mask & (left | ~marked))
+    return found
 
 
 def _say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
@@ -224,7 +221,7 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, i
     """Decodes and resizes a split as prediction does, by `images`, several images at a time."""
     count = builder.info.splits[split].num_examples if split in builder.info.splits else 0
     image, mask = disk.zeros((count, *size, 3), np.uint8), disk.zeros((count, *size), np.uint8)
-    found, vanished = [], []
+    found, lacking, vanished = [], [], []
 
     def read(number, record):
         image[number] = images.resize(images.decode(record["image"]), size)
@@ -233,7 +230,9 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, i
             mask[number] = images.resize_mask(large, size)
             if not mask[number].any():
                 vanished.append((record["id"].decode(), large))
-        return record["defect"].decode(), record["id"].decode(), bool(record["has_mask"])
+        if not record["has_mask"]:
+            lacking.append(record["id"].decode())
+        return record["defect"].decode(), record["id"].decode()
 
     if count:
         records = enumerate(
@@ -247,13 +246,15 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, i
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             while some := list(itertools.islice(records, 64)):  # encoded images held at a time
                 found.extend(pool.map(lambda numbered: read(*numbered), some))
-    _say_vanished(split, sorted(vanished, key=lambda x: x[0]), size)
-    defect, id_, has_mask = zip(*found) if found else [()] * 3
-    return Images(image, mask, list(defect), list(id_), np.array(has_mask, bool))
+    category = builder.category
+    _say_unmarked(category, "%d anomalous images have no mask", sorted(lacking))
+    _say_vanished(category, sorted(vanished, key=lambda x: x[0]), size)
+    defect, id_ = zip(*found) if found else [()] * 2
+    return Images(image, mask, list(defect), list(id_))
 
 
 def _say_vanished(
-    split: str, vanished: list[tuple[str, np.ndarray]], size: tuple[int, int]
+    category: str, vanished: list[tuple[str, np.ndarray]], size: tuple[int, int]
 ) -> None:
     """Warns of masks of which nothing is left at `size`, and says which size keeps them."""
     if not vanished:
@@ -263,12 +264,9 @@ def _say_vanished(
         images.resize_mask(mask, (size[0] * factor, size[1] * factor)).any() for _, mask in vanished
     ):
         factor += 1
-    logging.warning(
-        "%s: nothing is left of %d masks at image_size=(%d,%d), of %s: their images are not drawn "
-        "as seen ones; image_size=(%d,%d) keeps them",
-        split, len(vanished), *size, ", ".join(x for x, _ in vanished[:5]),
-        *(x * factor for x in size),
-    )  # fmt: skip
+    height, width = (x * factor for x in size)
+    what = "nothing is left of %d masks at image_size=({},{}), which image_size=({},{}) keeps"
+    _say_unmarked(category, what.format(*size, height, width), [x for x, _ in vanished])
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -402,26 +400,36 @@ def train_batches(
 def in_tiles(config: ConfigDict, data: CategoryData) -> CategoryData:
     """One category whose images to train on are cut into tiles, each an image by itself.
 
-    Of a seen anomaly only the tiles that its mask marks are kept. A tile beside the product is all
-    foreground. The region of interest is left to the map of the whole image.
+    Of a seen anomaly only the tiles that its mask marks are kept, of normal images those that have
+    some of the region of interest. A tile beside the product is foreground wherever it counts.
     """
     tiling = Tiling.of(config)
     if tiling.count == 1:
         return data
+    roi = np.ones(tiling.size, np.uint8) if data.roi is None else data.roi
+    counts = tiling.cut(roi[None])
 
-    def cut(images: Images) -> Images:
+    def cut(array: np.ndarray) -> np.ndarray:
+        tiles = disk.zeros((len(array) * tiling.count, *tiling.tile, *array.shape[3:]), array.dtype)
+        for number, one in enumerate(array):
+            if one.any():  # what nothing is written to takes no memory
+                tiles[number * tiling.count :][: tiling.count] = tiling.cut(one[None])
+        return tiles
+
+    def cut_all(images: Images) -> Images:
         repeat = functools.partial(np.repeat, repeats=tiling.count)
         names = [f"{x} ({place + 1})" for x in images.id for place in range(tiling.count)]
         return Images(
-            tiling.cut(images.image), tiling.cut(images.mask), list(repeat(images.defect)), names,
-            repeat(images.has_mask),
+            cut(images.image), cut(images.mask), list(repeat(images.defect)), names
         )  # fmt: skip
 
-    seen, foreground = cut(data.seen), tiling.cut(data.foreground)
-    foreground[~foreground.any(axis=(1, 2))] = 1
+    seen, foreground = cut_all(data.seen), cut(data.foreground)
+    for number in np.flatnonzero(~foreground.any(axis=(1, 2))):
+        foreground[number] = counts[number % tiling.count]
+    inside = np.flatnonzero(np.tile(counts.any(axis=(1, 2)), len(data.train)))
     return dataclasses.replace(
-        data, train=cut(data.train), seen=seen.select(seen.mask.any(axis=(1, 2))),
-        foreground=foreground, roi=None,
+        data, train=cut_all(data.train).pick(inside), seen=seen.select(seen.has_mask),
+        foreground=disk.rows(foreground, inside), roi=None,
     )  # fmt: skip
 
 

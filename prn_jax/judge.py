@@ -1,6 +1,5 @@
 """A trained network judged on other images: another day's, another split, another line's."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from prn_jax import evaluate, images, pictures, results, thresholds, trained_on
 from prn_jax.datasets import layout
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import as_dict
-from prn_jax.input_pipeline import Images, read_split
+from prn_jax.input_pipeline import Images, read_split, within
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 from prn_jax.predict import Detector
 
@@ -48,19 +47,14 @@ def read_folder(folder: pathlib.Path, detector: Detector) -> Images:
         logging.warning("skipped %s", images.describe(stray))
     examples.sort(key=lambda x: x.id)
     size = detector.image_size
-    pixels, masks, known = [], [], []
+    pixels, masks = [], []
     for example in examples:
         image = images.read_array(example.image, detector.white_level)
         mask = layout.read_mask(example, image.shape[:2])
         pixels.append(images.resize(image, size))
         masks.append(images.resize_mask(mask, size))
-        known.append(example.defect == layout.GOOD or bool(mask.any()))
     return Images(
-        np.stack(pixels),
-        np.stack(masks),
-        [x.defect for x in examples],
-        [x.id for x in examples],
-        np.array(known, bool),
+        np.stack(pixels), np.stack(masks), [x.defect for x in examples], [x.id for x in examples]
     )
 
 
@@ -133,7 +127,7 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
     """
     roi = detector.roi
     inside = np.ones(found.mask.shape[1:], bool) if roi is None else roi > 0
-    found = dataclasses.replace(found, mask=found.mask * inside)
+    found = found if roi is None else within(found, roi, detector.config.category)
     maps, scores, _ = evaluate.predict(
         detector.model,
         detector.variables,
@@ -143,9 +137,9 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
         score_pixels=detector.config.score_pixels,
         progress=progress,
     )
-    known, label = found.has_mask, found.label
+    label = found.label
     metrics = evaluate_rankings(
-        rank_images(scores, label), rank_pixels(maps, found.mask, roi, known)
+        rank_images(scores, label), rank_pixels(maps, found.mask, roi, found.has_mask)
     )
     chosen = {"stored": detector.thresholds}
     if (label == 0).any():  # Without normal images nothing but those that were trained on is left.
@@ -155,7 +149,6 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
             maps[:, inside],
             found.mask[:, inside],
             trained_on=lambda: (maps, scores),
-            known=known,
         )
     evaluation = {
         "category": detector.config.category,

@@ -186,7 +186,12 @@ def pro_curve(ranking: Ranking, points: int | None = None) -> Points | None:
 
 
 def evaluate_rankings(images: Ranking, pixels: Ranking) -> dict[str, float | None]:
-    """All figures of one category; keys and values as `evaluate_maps` gives them."""
+    """All figures of one category.
+
+    Returns:
+      image_auroc, image_ap, image_f1_max, pixel_auroc, pixel_ap, pixel_f1_max, pro; in [0, 1], or
+      None where one class alone leaves the figure undefined.
+    """
     result = {}
     for level, ranking in (("image", images), ("pixel", pixels)):
         best = f1_max(ranking)
@@ -194,32 +199,6 @@ def evaluate_rankings(images: Ranking, pixels: Ranking) -> dict[str, float | Non
         result[f"{level}_ap"] = average_precision(ranking)
         result[f"{level}_f1_max"] = None if best is None else best[0]
     return result | {"pro": pro(pixels)}
-
-
-def evaluate_maps(
-    maps: Float[np.ndarray, "n h w"],
-    masks: Integer[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"],
-    scores: Float[np.ndarray, " n"],
-    labels: Integer[np.ndarray, " n"] | Bool[np.ndarray, " n"],
-) -> dict[str, float | None]:
-    """All figures of one category's test split.
-
-    Args:
-      maps: [n, h, w] anomaly maps, higher is more anomalous.
-      masks: [n, h, w] ground truth, 0 normal, anything else anomalous.
-      scores: [n] image scores, higher is more anomalous.
-      labels: [n] image labels, 0 normal, anything else anomalous.
-
-    Returns:
-      image_auroc, image_ap, image_f1_max, pixel_auroc, pixel_ap, pixel_f1_max, pro; in [0, 1], or
-      None where one class alone leaves the figure undefined.
-
-    Raises:
-      ValueError: shapes differ, or a map or a score holds NaN.
-    """
-    if len(maps) != len(scores):
-        raise ValueError(f"{len(maps)} maps but {len(scores)} scores")
-    return evaluate_rankings(rank_images(scores, labels), rank_pixels(maps, masks))
 
 
 def _rank(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | None) -> Ranking:

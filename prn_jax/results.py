@@ -113,7 +113,7 @@ def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
             return {name: stored[name] for name in {"image", "mask", "map", *stored}}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{shown(path)} is missing or damaged: remove results.json beside it and run the "
             "category again (it is only evaluated)"

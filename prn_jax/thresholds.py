@@ -37,7 +37,6 @@ def choose(
     maps: np.ndarray,
     masks: np.ndarray,
     trained_on: Callable[[], tuple[np.ndarray, np.ndarray]],
-    known: np.ndarray | None = None,
     held: tuple[np.ndarray, np.ndarray] | None = None,
     distances: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Thresholds:
@@ -47,11 +46,10 @@ def choose(
       scores: of the test images, float32 [n].
       labels: 1 for anomalous, 0 for normal, [n].
       maps: float32 [n, ...].
-      masks: 0 for a normal pixel, else anomalous, of the same shape.
+      masks: 0 for a normal pixel, else anomalous, of the same shape. One of an anomalous image that
+        marks nothing is unknown.
       trained_on: returns the maps and scores of normal training images; called only where nothing
         else is left.
-      known: whether an image's mask is known, [n]; default: of all. A mask of an anomalous image
-        that marks nothing counts as unknown too.
       held: maps and scores of the normal images that were held out; default: none.
       distances: of the whole test images and of those held out, float32 [n] and [m]; default: none.
 
@@ -65,7 +63,7 @@ def choose(
     normal = np.asarray(labels) == 0
     held_maps, held_scores = held or (maps[:0], scores[:0])
     marked = np.array([mask.any() for mask in masks], bool)
-    usable = (normal | marked) & (True if known is None else np.asarray(known, bool))
+    usable = normal | marked
     image = pixel = None
     if len(scores) and 0 < normal.sum() < len(scores):
         image = _by_f1(scores, ~normal, len(scores))

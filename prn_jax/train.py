@@ -75,8 +75,11 @@ def total_steps(config: ConfigDict, num_normal: int) -> int:
 
 
 def create_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to 0 at the last step."""
-    warmup = max(1, int(config.optimizer.warmup * steps))
+    """Linear warm-up of at least a step, if there is one; then a cosine to 0 at the last step."""
+    share = config.optimizer.warmup
+    if not share:
+        return optax.cosine_decay_schedule(config.optimizer.learning_rate, steps)
+    warmup = max(1, int(share * steps))
     return optax.warmup_cosine_decay_schedule(
         0.0, config.optimizer.learning_rate, warmup, max(steps, warmup + 1)
     )
@@ -114,8 +117,7 @@ def initialise(config: ConfigDict, model: PRN) -> dict[str, Tree]:
 def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
     """Initial `params` and `batch_stats`, and the pretrained `backbone`, on the host.
 
-    Random values come from `config.seed` alone and are made on the CPU's generator, so that
-    they do not depend on the devices.
+    Random values come from `config.seed` alone, whatever the number of devices.
     """
     variables = initialise(config, model)
     weights = pretrained.load_backbone(
@@ -273,9 +275,7 @@ def train(
     steps = identity.steps
     # Normal images that came later, if that was allowed, have no part in them.
     stored = checkpoints.num_prototypes()
-    clusters = stored or num_prototypes(
-        min(len(normal_images), config.prototypes.max_images), config.prototypes.ratio
-    )
+    clusters = stored or num_prototypes(len(normal_images), config.prototypes)
     model = create_model(config, clusters)
     optimizer = create_optimizer(config, steps)
     roi = np.ones(normal_images.shape[1:3], np.uint8) if roi is None else roi

@@ -49,7 +49,7 @@ def train_briefly(root):
 
 def fit_prototypes(config, data, mesh):
     """The `prototypes` collection, NumPy."""
-    model = create_model(config, num_prototypes(len(data.train), config.prototypes.ratio))
+    model = create_model(config, num_prototypes(len(data.train), config.prototypes))
     variables = meshes.replicate(mesh, train.create_variables(config, model))
     return jax.device_get(fitting.fit_prototypes(config, model, variables, data.train.image, mesh))
 
@@ -96,7 +96,9 @@ def run(config, data, batches, mesh, prototypes, dtype=np.float32):
         losses.append(float(values["loss"]))
     variables = {"params": state.params, "batch_stats": state.batch_stats, **frozen}
     maps, scores, _ = predict(model, variables, data, mesh)
-    found = metrics.evaluate_maps(maps, data.test.mask, scores, data.test.label)
+    found = metrics.evaluate_rankings(
+        metrics.rank_images(scores, data.test.label), metrics.rank_pixels(maps, data.test.mask)
+    )
     return model, variables, np.array(losses), scores, found
 
 

@@ -144,12 +144,17 @@ def test_constant_maps_are_worth_chance():
     assert metrics.pro(ranking) == pytest.approx(0.15)
 
 
+def evaluate(maps, masks, scores, labels):
+    """All figures of a category's test split."""
+    return metrics.evaluate_rankings(
+        metrics.rank_images(scores, labels), metrics.rank_pixels(maps, masks)
+    )
+
+
 def test_perfect_maps_score_one():
     _, masks = make_maps(0)
     labels = masks.max(axis=(1, 2)).astype(np.int32)
-    result = metrics.evaluate_maps(
-        masks.astype(np.float32), masks, labels.astype(np.float32), labels
-    )
+    result = evaluate(masks.astype(np.float32), masks, labels.astype(np.float32), labels)
     assert set(result) == {
         "image_auroc",
         "image_ap",
@@ -167,9 +172,9 @@ def test_order_and_monotone_rescaling_change_nothing():
     maps, masks = make_maps(5, levels=50)
     labels = masks.max(axis=(1, 2)).astype(np.int32)
     scores = maps.max(axis=(1, 2))
-    before = metrics.evaluate_maps(maps, masks, scores, labels)
+    before = evaluate(maps, masks, scores, labels)
     turn = np.random.default_rng(0).permutation(len(maps))
-    after = metrics.evaluate_maps(
+    after = evaluate(
         np.exp(3 * maps[turn]), masks[turn] * np.uint8(255), np.exp(scores[turn]), labels[turn]
     )
     assert after == pytest.approx(before, abs=1e-12)
@@ -180,7 +185,7 @@ def test_one_class_only_is_undefined(value):
     maps, _ = make_maps(0)
     masks = np.full(maps.shape, value, np.uint8)
     labels = np.full(len(maps), value, np.int32)
-    result = metrics.evaluate_maps(maps, masks, maps.max(axis=(1, 2)), labels)
+    result = evaluate(maps, masks, maps.max(axis=(1, 2)), labels)
     assert set(result.values()) == {None}
     ranking = metrics.rank_pixels(maps, masks)
     assert metrics.roc_curve(ranking) is None
@@ -190,9 +195,7 @@ def test_one_class_only_is_undefined(value):
 
 def test_nothing_at_all_is_undefined():
     empty = np.zeros((0, 4, 4), np.float32)
-    result = metrics.evaluate_maps(
-        empty, empty.astype(np.uint8), np.zeros(0, np.float32), np.zeros(0, np.int32)
-    )
+    result = evaluate(empty, empty.astype(np.uint8), np.zeros(0, np.float32), np.zeros(0, np.int32))
     assert set(result.values()) == {None}
 
 
@@ -202,11 +205,11 @@ def test_nan_is_refused():
     scores = maps.max(axis=(1, 2))
     maps[2, 3, 4] = np.nan
     with pytest.raises(ValueError, match="NaN"):
-        metrics.evaluate_maps(maps, masks, scores, labels)
+        evaluate(maps, masks, scores, labels)
     maps[2, 3, 4] = 0
     scores[1] = np.nan
     with pytest.raises(ValueError, match="NaN"):
-        metrics.evaluate_maps(maps, masks, scores, labels)
+        evaluate(maps, masks, scores, labels)
 
 
 def test_the_input_is_left_alone():

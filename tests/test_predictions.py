@@ -278,6 +278,11 @@ def test_an_alarm_is_explained_by_the_normal_image_most_like_it(folder, tmp_path
     assert stub.calls == 11
     with pytest.raises(UserError, match=r"normals.npz is missing or damaged"):
         explain.read(tmp_path / "elsewhere")
+    whole = (tmp_path / explain.NAME).read_bytes()
+    for damaged in (b"", whole[:-9], whole[: len(whole) // 2]):
+        (tmp_path / explain.NAME).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"normals.npz is missing or damaged"):
+            explain.read(tmp_path)
 
 
 # --- fuzz -----------------------------------------------------------------------------------------

@@ -83,6 +83,11 @@ def test_predictions_come_back_and_their_absence_is_named(tmp_path):
     np.testing.assert_array_equal(found["image"], images)
     np.testing.assert_array_equal(found["mask"], masks)
     np.testing.assert_allclose(found["map"], maps, atol=1e-3)
+    whole = (tmp_path / "predictions.npz").read_bytes()
+    for damaged in (b"", whole[:-9]):
+        (tmp_path / "predictions.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"predictions.npz is missing or damaged"):
+            results.read_predictions(tmp_path)
     with pytest.raises(UserError, match=r"predictions.npz is missing or damaged"):
         results.read_predictions(tmp_path / "nowhere")
 

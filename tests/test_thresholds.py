@@ -58,18 +58,16 @@ def test_images_and_pixels_are_chosen_apart():
     scores, labels, maps, masks = made(20, 15)
     expected = thresholds.choose(scores, labels, maps, masks, refuse)
     assert expected["basis"]["image"]["images"] == 35
-    # Without masks, and with black ones, images keep their threshold; pixels have the normals'.
-    unknown = labels == 0
-    for given, known in ((masks, unknown), (np.zeros_like(masks), None)):
-        found = thresholds.choose(scores, labels, maps, given, refuse, known)
-        assert found["image"] == expected["image"]
-        assert found["pixel"] > maps[labels == 0].max()
-        assert found["pixel"] == pytest.approx(maps[labels == 0].max(), rel=1e-6)
-        assert found["basis"]["pixel"]["source"] == "above all 20 normal test images"
-        assert "1 of 21" in found["basis"]["pixel"]["promise"]
+    # Without masks images keep their threshold; pixels have the normals'.
+    found = thresholds.choose(scores, labels, maps, np.zeros_like(masks), refuse)
+    assert found["image"] == expected["image"]
+    assert found["pixel"] > maps[labels == 0].max()
+    assert found["pixel"] == pytest.approx(maps[labels == 0].max(), rel=1e-6)
+    assert found["basis"]["pixel"]["source"] == "above all 20 normal test images"
+    assert "1 of 21" in found["basis"]["pixel"]["promise"]
     # One image without its mask changes no other's pixels.
-    known = np.arange(35) != 34
-    found = thresholds.choose(scores, labels, maps, masks, refuse, known)
+    without = np.concatenate([masks[:34], np.zeros_like(masks[:1])])
+    found = thresholds.choose(scores, labels, maps, without, refuse)
     alone = thresholds.choose(scores[:34], labels[:34], maps[:34], masks[:34], refuse)
     assert found["pixel"] == alone["pixel"]
     assert found["basis"]["pixel"]["images"] == 34

@@ -239,7 +239,7 @@ def test_tiles_are_the_samples_and_only_marked_ones_of_seen_anomalies():
     seen = input_pipeline.Images(drawn(n, *size, 3, seed=1), marked, ["cut"] * n, ["a", "b"])
     foreground = np.zeros((n, *size), np.uint8)
     foreground[:, :, :40] = 1
-    data = input_pipeline.CategoryData(normal, seen, normal, foreground, True, roi=foreground[0])
+    data = input_pipeline.CategoryData(normal, seen, normal, foreground, True)
     tiles = input_pipeline.in_tiles(config, data)
     np.testing.assert_array_equal(tiles.train.image, GRID.cut(image))
     assert tiles.seen.id == ["a (1)", "b (3)", "b (6)"]
@@ -248,6 +248,21 @@ def test_tiles_are_the_samples_and_only_marked_ones_of_seen_anomalies():
     np.testing.assert_array_equal(tiles.foreground[0], GRID.cut(foreground)[0])
     assert tiles.foreground[2].all()
     assert tiles.test is data.test  # whole
+    # Of a region of interest a tile beside the product has its part, or none and does not train.
+    roi = np.zeros(size, np.uint8)
+    roi[:20, :70] = 1
+    within = input_pipeline.in_tiles(config, dataclasses.replace(data, roi=roi))
+    counts = GRID.cut(roi[None])
+    keep = np.flatnonzero(np.tile(counts.any(axis=(1, 2)), n))
+    assert 0 < len(keep) < n * GRID.count
+    np.testing.assert_array_equal(within.train.image, GRID.cut(image)[keep])
+    assert within.train.id == [tiles.train.id[i] for i in keep]
+    beside = ~GRID.cut(foreground)[keep].any(axis=(1, 2))
+    expected = np.where(
+        beside[:, None, None], np.tile(counts, (n, 1, 1))[keep], tiles.foreground[keep]
+    )
+    np.testing.assert_array_equal(within.foreground, expected)
+    assert within.seen.id == tiles.seen.id
     config.tiles = (1, 1)
     assert input_pipeline.in_tiles(config, data) is data
 

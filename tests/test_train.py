@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from configs import default
 from prn_jax import fitting, train
@@ -71,6 +72,48 @@ def assert_same(a, b, **tolerance):
     leaves = zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True)
     for (path, x), y in leaves:
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+def test_the_loss_is_smooth_l1_and_weighed_focal(images):
+    """Against NumPy in float64, of the logits that the network had before the step."""
+    config = small_config(**{"loss.focal_weight": 3.0, "loss.focal_alpha": 0.3,
+                             "loss.focal_gamma": 2.0})  # fmt: skip
+    mesh = meshes.create_mesh(jax.devices()[:1])
+    model = train.create_model(config, 2)
+    variables = meshes.replicate(mesh, train.initialise(config, model))
+    (batch,) = make_batches(config)(0, 1)
+
+    def forward(*of):
+        return model.apply(*of, train=True, mutable=["batch_stats"])[0]
+
+    mapped = jax.shard_map(forward, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    logits = jax.jit(mapped)(variables, batch["image"])
+    optimizer = train.create_optimizer(config, 4)
+    state = train.create_state(config, variables, optimizer, mesh)
+    frozen = {name: variables[name] for name in ("backbone", "prototypes") if name in variables}
+    step = train.make_train_step(config, model, optimizer, mesh)
+    _, values = step(state, frozen, meshes.shard(mesh, batch))
+    p, truth = 1 / (1 + np.exp(-np.float64(logits))), batch["mask"] == 1
+    towards = np.where(truth, p, 1 - p)
+    focal = -np.where(truth, 0.3, 0.7) * (1 - towards) ** 2 * np.log(towards)
+    expected = 0.5 * np.mean((p - truth) ** 2) + 3 * np.mean(focal)
+    assert values["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_decay_is_of_kernels_alone_and_warm_up_of_at_least_a_step_or_none():
+    config = small_config(**{"optimizer.weight_decay": 0.5, "optimizer.warmup": 0.0})
+    optimizer = train.create_optimizer(config, 4)
+    params = {"conv": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(3)}}
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
+    np.testing.assert_allclose(updates["conv"]["kernel"], -0.5e-3)
+    assert not np.any(updates["conv"]["bias"])
+    assert not np.any(updates["norm"]["scale"])
+    assert train.create_schedule(config, 4)(0) == pytest.approx(1e-3)
+    config.optimizer.warmup = 0.1
+    rates = [float(train.create_schedule(config, 4)(i)) for i in range(5)]
+    assert rates == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3, 0])
 
 
 @pytest.mark.slow

@@ -14,14 +14,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 # Products of distances need float32 even where the device's matrix unit would use less.
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def num_prototypes(num_images: int, ratio: float) -> int:
-    """K of one scale: a tenth of the normal images by default (PRNet), at least 1."""
-    return max(1, int(ratio * num_images))
+def num_prototypes(num_images: int, config: ConfigDict) -> int:
+    """K of one scale: a tenth of the normal images by default (PRNet), at least 1.
+
+    Args:
+      num_images: normal images to train on.
+      config: `prototypes` of configs/default.py: of more than `max_images` they are made of some.
+    """
+    return max(1, int(config.ratio * min(num_images, config.max_images)))
 
 
 def nearest(
@@ -114,19 +120,6 @@ def _sharded_k_means(points, key, count, k, iterations, mesh):
 
     mapped = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
     return mapped(points, key)
-
-
-def lloyd(
-    points: Float[Array | np.ndarray, "n d"],
-    centres: Float[Array | np.ndarray, "k d"],
-    iterations: int,
-) -> Float[Array, "k d"]:
-    """Lloyd's iterations from given centres, on one device."""
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    valid = jnp.ones(points.shape[0], bool)
-    run = functools.partial(_lloyd, iterations=iterations)
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P())
-    return jax.jit(mapped)(points, valid, centres)
 
 
 def _distances(points: Array, centres: Array) -> Array:

@@ -15,11 +15,12 @@ _MOST = 200  # images that are compared
 _FARTHER = 1.1
 
 
-def free_turns(images: np.ndarray) -> list[Turn]:
+def free_turns(images: np.ndarray, roi: np.ndarray | None = None) -> list[Turn]:
     """Finds the turns that leave normal images as near to one another as they are.
 
     Args:
       images: normal images, uint8 [n, h, w, 3].
+      roi: the region of interest, [h, w], which a turn must leave as it is; None: there is none.
 
     Returns:
       The turns, of which the first changes nothing; quarter turns only of square images. From
@@ -32,12 +33,9 @@ def free_turns(images: np.ndarray) -> list[Turn]:
     small = tf.image.resize(chosen, (_SIDE, _SIDE), "area").numpy().mean(-1).astype(np.float64)
     quarters = range(4) if images.shape[1] == images.shape[2] else (0, 2)
     turns = [(quarter, mirrored) for quarter in quarters for mirrored in (False, True)]
-    distance = {
-        (quarter, mirrored): _to_nearest_other(
-            np.flip(np.rot90(small, quarter, (1, 2)), 2 if mirrored else ()), small
-        )
-        for quarter, mirrored in turns
-    }
+    if roi is not None:
+        turns = [x for x in turns if np.array_equal(_turned(roi[None], *x)[0], roi)]
+    distance = {x: _to_nearest_other(_turned(small, *x), small) for x in turns}
     return [x for x in turns if distance[x] <= _FARTHER * distance[identity]]
 
 
@@ -49,6 +47,11 @@ def turn(image: tf.Tensor, turns: list[Turn], which: tf.Tensor) -> tf.Tensor:
         return tf.image.flip_left_right(turned) if mirrored else turned
 
     return tf.switch_case(which, [lambda x=x: branch(*x) for x in turns])
+
+
+def _turned(images: np.ndarray, quarter: int, mirrored: bool) -> np.ndarray:
+    """As `turn`, of [n, h, w]."""
+    return np.flip(np.rot90(images, quarter, (1, 2)), 2 if mirrored else ())
 
 
 def _to_nearest_other(images: np.ndarray, others: np.ndarray) -> float:

@@ -80,7 +80,7 @@ class SampleMaker:
         self._min_pixels = max(1, round(config.synthesis.min_area * size[0] * size[1]))
         self._roi = tf.constant(np.ones(size) if roi is None else roi, tf.uint8)
         self._roughness = tf.constant(roughness(normal))
-        self._turns = free_turns(normal) if config.synthesis.turns else []
+        self._turns = free_turns(normal, roi) if config.synthesis.turns else []
         if self._turns:
             logging.info("samples lie in %d of 8 ways, as the normal images do", len(self._turns))
 

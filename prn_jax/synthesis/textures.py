@@ -54,13 +54,16 @@ def load_textures(
     if source:
         return _from_folder(pathlib.Path(source).expanduser(), size, limit)
     photographs = _bundled(size, exclude)
+    both = photographs + procedural(size, _PROCEDURAL)
+    kept = spread(len(both), limit)
+    crops = sum(i < len(photographs) for i in kept)
     logging.info(
         "synthesis.textures is not set: simulated anomalies are made of %d crops of scikit-image's "
         "photographs and %d procedural textures (the paper's are DTD's)",
-        len(photographs),
-        _PROCEDURAL,
+        crops,
+        len(kept) - crops,
     )
-    return np.stack((photographs + procedural(size, _PROCEDURAL))[:limit])
+    return np.stack([both[i] for i in kept])
 
 
 def _from_folder(folder: pathlib.Path, size: tuple[int, int], limit: int) -> np.ndarray:

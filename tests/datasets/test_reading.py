@@ -169,10 +169,12 @@ def test_thin_defects_keep_their_course_and_lost_ones_are_named(cup, load, warni
     dot[500:502, 500:502] = 255
     trees.save(cup / "test/dent/000.png", trees.draw(0, (1024, 1024)))
     trees.save(cup / "ground_truth/dent/000_mask.png", dot)
-    assert "test/dent/000" not in load(num_seen=3).seen.id
+    data = load(num_seen=3)
+    assert "test/dent/000" not in data.seen.id
+    assert not data.test.has_mask[data.test.id.index("test/dent/000")]
     (line,) = (x for x in warnings() if "nothing is left of 1 masks" in x)
     assert "test/dent/000" in line
-    size = tuple(map(int, re.findall(r"image_size=\((\d+),(\d+)\) keeps", line)[0]))
+    size = tuple(map(int, re.findall(r"which image_size=\((\d+),(\d+)\) keeps", line)[0]))
     assert images.resize_mask(dot, size).any()
     with pytest.raises(UserError, match="num_seen=4, but there are only 3"):
         load(num_seen=4)

@@ -64,3 +64,24 @@ def test_every_parameter_gets_a_gradient(divisions):
         if leaf.ndim == 4:
             assert np.all(np.abs(leaf).sum(axis=(0, 1, 2)) > 0)
     assert layer.apply(variables, x).shape == x.shape
+
+
+def test_a_layer_is_attention_by_size_a_conv_and_a_skip():
+    layer = attention.MultiSizeAttention((1, 2, 4))
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 7))
+    variables = jax.jit(layer.init)(jax.random.key(1), jnp.float32(x))
+    qkv, merge = (variables["params"][name] for name in ("qkv", "merge"))
+    # 7 channels are shared out as 3, 2 and 2; the size of one patch has values alone.
+    projected = x @ np.float64(qkv["kernel"][0, 0]) + np.float64(qkv["bias"])
+    values, queries, keys = np.split(projected, [7, 11], axis=-1)
+    heads = [values[..., :3]] + [
+        plain(queries[..., a - 3 : a - 1], keys[..., a - 3 : a - 1], values[..., a : a + 2], d)
+        for a, d in ((3, 2), (5, 4))
+    ]
+    padded = np.pad(np.concatenate(heads, axis=-1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel = np.float64(merge["kernel"])
+    merged = np.float64(merge["bias"]) + sum(
+        padded[:, i : i + 8, j : j + 8] @ kernel[i, j] for i in range(3) for j in range(3)
+    )
+    expected = x + np.where(merged > 0, merged, 0.2 * merged)
+    np.testing.assert_allclose(layer.apply(variables, jnp.float32(x)), expected, atol=1e-5)

@@ -1,7 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 from sklearn.cluster import KMeans
 
 from prn_jax import mesh as meshes
@@ -22,16 +26,24 @@ def inertia(points, centres):
     return np.square(points[:, None] - centres[None]).sum(-1).min(1).sum()
 
 
+def lloyd(points, centres, iterations):
+    """Lloyd's iterations from given centres, on one device."""
+    mesh = meshes.create_mesh(jax.devices()[:1])
+    run = functools.partial(prototypes._lloyd, iterations=iterations)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P())
+    return jax.jit(mapped)(points, np.ones(len(points), bool), centres)
+
+
 def test_lloyd_equals_scikit_learn_from_the_same_centres(blobs):
     start = blobs[::10] + 1.0
-    ours = prototypes.lloyd(blobs, start, iterations=50)
+    ours = lloyd(blobs, start, iterations=50)
     theirs = KMeans(6, init=start, n_init=1, tol=0, algorithm="lloyd").fit(blobs)
     np.testing.assert_allclose(ours, theirs.cluster_centers_, atol=1e-5)
 
 
 def test_lloyd_keeps_the_centre_of_an_empty_cluster(blobs):
     start = np.concatenate([blobs[::10], np.full((1, 24), 1e3, np.float32)])
-    ours = prototypes.lloyd(blobs, start, iterations=50)
+    ours = lloyd(blobs, start, iterations=50)
     np.testing.assert_array_equal(ours[-1], start[-1])
 
 
@@ -81,6 +93,7 @@ def test_nearest_of_maps_with_a_large_mean():
     np.testing.assert_array_equal(found, direct.argmin(1))
 
 
-@pytest.mark.parametrize(("images", "k"), [(209, 20), (60, 6), (391, 39), (3, 1)])
+@pytest.mark.parametrize(("images", "k"), [(209, 20), (60, 6), (391, 39), (3, 1), (2085, 100)])
 def test_number_of_prototypes(images, k):
-    assert prototypes.num_prototypes(images, 0.1) == k
+    config = ConfigDict({"ratio": 0.1, "max_images": 1000})
+    assert prototypes.num_prototypes(images, config) == k

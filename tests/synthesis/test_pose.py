@@ -48,6 +48,15 @@ def test_images_that_are_not_square_are_not_turned_by_quarters():
     assert pose.free_turns(smooth(2, 64, 64)) == [(0, False)]
 
 
+def test_a_region_of_interest_stays_where_it_is():
+    images, roi = smooth(40, 64, 64), np.zeros((64, 64), np.uint8)
+    assert pose.free_turns(images, roi) == EVERY
+    roi[:, :9] = 1
+    assert pose.free_turns(images, roi) == [(0, False), (2, True)]
+    roi[:, -9:] = 1
+    assert pose.free_turns(images, roi) == [x for x in EVERY if x[0] in (0, 2)]
+
+
 @pytest.mark.parametrize("which", range(8))
 def test_a_turn_is_numpys(which):
     image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)

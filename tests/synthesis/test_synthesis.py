@@ -10,6 +10,7 @@ from prn_jax.synthesis import extended, foreground, textures
 from prn_jax.synthesis.augment import Draws
 from prn_jax.synthesis.blending import blend, difference, shown_part, to_grey
 from prn_jax.synthesis.perlin import PerlinNoise
+from prn_jax.synthesis.samples import SEEN, SampleMaker
 from prn_jax.synthesis.simulated import Simulate
 
 
@@ -314,6 +315,38 @@ def test_a_product_that_lies_anywhere_on_a_structured_background_is_not_told():
     assert foreground.describe(found, is_object).startswith("everywhere")
 
 
+def test_a_seen_anomaly_is_shifted_with_its_mask_and_made_brighter():
+    config, size, most = default.get_config(), (64, 64), 6
+    config.image_size = size
+    config.synthesis.update(augment_seen=1.0, shift=most / 64, max_textures=2)
+    smooth = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=size), 3)
+    grey = np.clip(128 + 20 * smooth / smooth.std(), 60, 190).astype(np.uint8)
+    image, mask = np.repeat(grey[..., None], 3, -1), (grey > 130).astype(np.uint8)
+    make = SampleMaker(
+        config, normal=image[None], foreground=np.ones((1, *size), np.uint8), is_object=False,
+        seen=image[None], seen_mask=mask[None], seen_defect=["hole"],
+    )  # fmt: skip
+    padded = [np.pad(x, most, mode="symmetric") for x in (mask, grey)]
+    shifts = set()
+    for slot in range(20):
+        found, marked = (x.numpy() for x in make(tf.constant(SEEN), tf.constant(0, tf.int64),
+                                                 tf.constant(slot, tf.int64)))  # fmt: skip
+        places = [
+            (row, column)
+            for row in range(2 * most + 1)
+            for column in range(2 * most + 1)
+            if np.array_equal(marked, padded[0][row : row + 64, column : column + 64])
+        ]
+        ((row, column),) = places
+        before = padded[1][row : row + 64, column : column + 64]
+        gain, offset = np.polyfit(before.ravel(), found[..., 0].ravel(), 1)
+        assert 0.89 < gain < 1.11
+        assert abs(offset) < 11
+        assert np.abs(gain * before + offset - found[..., 0]).max() < 1
+        shifts.add((row, column))
+    assert len(shifts) > 10
+
+
 def test_foreground_points_lie_on_it():
     masks = np.zeros((2, 20, 30), np.uint8)
     masks[0, 3:7, 5:25] = 1
@@ -347,6 +380,8 @@ def test_bundled_textures_leave_the_demo_s_own_photograph_out():
     everything = textures.load_textures("", (16, 16), 1000, data_dir="")
     without = textures.load_textures("", (16, 16), 1000, data_dir="", exclude="gravel")
     assert len(everything) - len(without) == 12
+    some = textures.load_textures("", (16, 16), 20, data_dir="")
+    np.testing.assert_array_equal(some, everything[textures.spread(len(everything), 20)])
     assert len(np.unique(without.reshape(len(without), -1), axis=0)) == len(without)
 
 
