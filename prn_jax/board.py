@@ -1,12 +1,13 @@
 """What TensorBoard shows of a training, by CLU: scalars, fields, parameters, images, a profile."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from absl import logging
-from clu import metric_writers, parameter_overview, periodic_actions
+from clu import asynclib, metric_writers, parameter_overview, periodic_actions
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
@@ -20,9 +21,29 @@ _EXAMPLES = 8
 _SIDE = 128  # pixels, the longer one
 
 
+class _Events:
+    """CLU's writer; where its events cannot be written, that is said once and the run goes on."""
+
+    def __init__(self, writer: metric_writers.MetricWriter):
+        self._writer = writer
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._writer, name)
+
+        @functools.wraps(method)
+        def lenient(*args, **kwargs):
+            try:
+                return method(*args, **kwargs)
+            except asynclib.AsyncError as error:
+                what = "TensorBoard's events cannot be written: %s"
+                logging.log_first_n(logging.WARNING, what, 1, error.__cause__)
+
+        return lenient
+
+
 def create_writer(folder: epath.PathLike) -> metric_writers.MetricWriter:
     """The writer of a category's events, which process 0 writes; to be closed."""
-    return metric_writers.create_default_writer(folder, just_logging=not meshes.is_main())
+    return _Events(metric_writers.create_default_writer(folder, just_logging=not meshes.is_main()))
 
 
 def write_config(writer: metric_writers.MetricWriter, config: ConfigDict) -> None:

@@ -115,30 +115,44 @@ class Checkpoints:
     def restore_model(self, step: int | None = None) -> Tree:
         """Reads only what prediction needs, onto one device."""
         step = self.latest_step() if step is None else step
-        metadata = self._manager.item_metadata(step).model
         # Whatever devices saved it: everything comes to one that is here.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), metadata
-        )
-        items = ocp.args.Composite(model=_into(abstract))
-        return self._manager.restore(step, args=items).model
+        with self._whole(step):
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                self._manager.item_metadata(step).model,
+            )
+            items = ocp.args.Composite(model=_into(abstract))
+            return self._manager.restore(step, args=items).model
 
     def identity(self, step: int | None = None) -> Identity:
         """What a checkpoint (the newest by default) was made of."""
         items = ocp.args.Composite(config=ocp.args.JsonRestore())
         step = self.latest_step() if step is None else step
-        return Identity.from_json(self._manager.restore(step, args=items).config)
+        with self._whole(step):
+            return Identity.from_json(self._manager.restore(step, args=items).config)
+
+    @contextlib.contextmanager
+    def _whole(self, step: int) -> Iterator[None]:
+        """Says of a checkpoint that cannot be read what to do."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise UserError(
+                f"{shown(self.folder / str(step))} is damaged or not complete: copy it once more, "
+                "or remove this folder, and the checkpoint before it counts"
+            ) from error
 
     def num_prototypes(self) -> int | None:
         """Clusters of the newest checkpoint's normal images, None without one."""
         step = self.latest_step()
         if step is None:
             return None
-        stored = self._manager.item_metadata(step).model["prototypes"]
-        # Without training a scale has one prototype; an earlier version had no `whole`.
-        whole = stored.get("whole", {"centres": stored["scale_0"]["maps"]})
-        return whole["centres"].shape[0]
+        with self._whole(step):
+            stored = self._manager.item_metadata(step).model["prototypes"]
+            # Without training a scale has one prototype; an earlier version had no `whole`.
+            whole = stored.get("whole", {"centres": stored["scale_0"]["maps"]})
+            return whole["centres"].shape[0]
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk."""

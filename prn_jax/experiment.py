@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def train_and_evaluate(
       UserError: see design of each part; nothing half-written is left.
     """
     config = checked(config)
-    folder = epath.Path(workdir).expanduser()
+    folder = epath.Path(os.path.expanduser(workdir))
     if "://" not in workdir:
         folder = folder.resolve()  # Orbax wants absolute paths
     meshes.cache_compilations()
@@ -292,12 +293,12 @@ def _run_category(
         as_dict(config),
         held=tuple(data.held.id),
     )
-    if meshes.is_main():
-        trained_on.remember(
-            checkpoints.folder,
-            (*data.train.image, *data.seen.image),
-            (*data.train.id, *data.seen.id),
-        )
+
+    def remember(resumed):
+        if meshes.is_main():
+            pixels, ids = (*data.train.image, *data.seen.image), (*data.train.id, *data.seen.id)
+            trained_on.remember(checkpoints.folder, pixels, ids, resumed)
+
     try:
         trained = training.train(
             config,
@@ -307,6 +308,7 @@ def _run_category(
             mesh,
             identity,
             write_scalars=writer.write_scalars,
+            accepted=remember,
             describe=functools.partial(board.write_parameters, writer),
             actions=board.profile(config, folder, identity.steps),
             evaluate=evaluate_during,
@@ -314,8 +316,8 @@ def _run_category(
             roi=data.roi,
         )
     finally:
-        writer.close()
         checkpoints.close()
+        writer.close()
     began = time.monotonic()
     predict = functools.partial(_predict, config, trained.model, trained.variables, mesh=mesh)
     maps, scores, distances = predict(data.test)

@@ -78,7 +78,7 @@ def read(folder: str | os.PathLike) -> Normals:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    path = folder_of(epath.Path(os.fspath(folder)).expanduser()) / NAME
+    path = folder_of(epath.Path(os.path.expanduser(os.fspath(folder)))) / NAME
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
             whole, end = stored["jpeg"].tobytes(), stored["end"].tolist()

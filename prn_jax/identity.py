@@ -217,8 +217,16 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")
 
 
+LOCK = ".lock"  # the name of the file by which a folder is held
+
+
 @contextlib.contextmanager
-def lock(folder: os.PathLike, what: str = "training", inheritable: bool = False) -> Iterator[None]:
+def lock(
+    folder: os.PathLike,
+    what: str = "training",
+    inheritable: bool = False,
+    flag: str = "--workdir",
+) -> Iterator[None]:
     """Holds a folder for this process alone.
 
     The lock is the kernel's, so it ends with its process, however that ends. Without it goes a
@@ -228,21 +236,22 @@ def lock(folder: os.PathLike, what: str = "training", inheritable: bool = False)
       folder: is made where it is not there.
       what: works in it, for the message.
       inheritable: processes that this one starts hold it too.
+      flag: that names another folder.
 
     Raises:
-      UserError: another process holds it; the message says which.
+      UserError: another process holds it, and the message says which; or it cannot be written to.
     """
     if "://" in os.fspath(folder):
         yield
         return
     import fcntl
 
-    path = pathlib.Path(folder) / ".lock"
+    path = pathlib.Path(folder) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to {shown(path.parent)}: {error.strerror}") from error
+        raise _unwritable(path.parent, error) from error
     with file:
         os.set_inheritable(file.fileno(), inheritable)
         try:
@@ -251,7 +260,7 @@ def lock(folder: os.PathLike, what: str = "training", inheritable: bool = False)
             file.seek(0)
             raise UserError(
                 f"another {what} works in {shown(path.parent)} ({file.read() or 'just begun'}): "
-                "wait until it has ended, or give another --workdir"
+                f"wait until it has ended, or give another {flag}"
             ) from error
         except OSError as error:
             logging.log_first_n(
@@ -261,7 +270,14 @@ def lock(folder: os.PathLike, what: str = "training", inheritable: bool = False)
             )  # fmt: skip
         else:
             since = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
-            file.flush()
+            holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+            try:
+                file.truncate(0)
+                os.write(file.fileno(), holder.encode())
+            except OSError as error:
+                raise _unwritable(path.parent, error) from error
         yield
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {shown(folder)}: {error.strerror}")

@@ -121,6 +121,8 @@ def find_images(
                 continue
             read.add(_identity(path))
             entries = sorted(x for x in path.iterdir() if path != folder or x.name not in besides)
+        except FileNotFoundError:
+            continue  # gone since it was listed
         except OSError as error:
             raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from error
         for entry in entries:
@@ -368,7 +370,7 @@ def upright(image: Image.Image, erase: bool = False) -> np.ndarray:
             )
         return (65535 - levels if inverted else levels).astype(np.uint16)
     mode = "L" if image.mode in ("1", "L") else "RGB"
-    if erase and image.mode in ("LA", "PA", "RGBA"):
+    if erase and (image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     try:

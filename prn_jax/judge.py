@@ -1,6 +1,7 @@
 """A trained network judged on other images: another day's, another split, another line's."""
 
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -216,7 +217,7 @@ def _share(chosen: np.ndarray) -> float | None:
 
 def write(output: epath.PathLike, evaluation: Evaluation, sheet: Callable) -> epath.Path:
     """Writes `evaluation.json`, `evaluation.md` and `evaluation.png`; returns the second."""
-    output = epath.Path(output).expanduser()
+    output = epath.Path(os.path.expanduser(output))
     text = json.dumps(evaluation, indent=2, sort_keys=True, allow_nan=False) + "\n"
     results.write_file(output / "evaluation.json", text)
     pictures.save_png(output / "evaluation.png", sheet())

@@ -130,7 +130,7 @@ def cache_compilations() -> None:
     """Keeps compiled programs on disk, so that the next process of their kind starts at once."""
     if jax.config.jax_compilation_cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        folder = pathlib.Path(base).expanduser() / "prn_jax" / "xla"
+        folder = pathlib.Path(os.path.expanduser(base)) / "prn_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Forty small programs, below JAX's limit of a second, are most of a warm start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -171,7 +171,7 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
     Raises:
       UserError: there is no such checkpoint.
     """
-    folder = epath.Path(os.fspath(checkpoint)).expanduser()
+    folder = epath.Path(os.path.expanduser(os.fspath(checkpoint)))
     if "://" not in os.fspath(folder):
         folder = folder.resolve()
     folder = folder_of(folder)
@@ -244,7 +244,7 @@ def _several(images: Any) -> Iterable[Any]:
 def _pixels(image: ImageLike, white: int) -> np.ndarray:
     """One image as uint8 [h, w, 3]."""
     if isinstance(image, str | os.PathLike):
-        return read_array(pathlib.Path(image).expanduser(), white)
+        return read_array(pathlib.Path(os.path.expanduser(image)), white)
     if isinstance(image, Image.Image):
         image = upright(image)
     if not hasattr(image, "__array__"):

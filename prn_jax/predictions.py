@@ -25,6 +25,7 @@ from tqdm import tqdm
 from prn_jax import evaluate, explain, images, pictures, results, tables
 from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError, shown
+from prn_jax.identity import LOCK
 from prn_jax.predict import Detector, Inspection
 from prn_jax.progress import duration
 from prn_jax.tables import Asked, Row
@@ -57,7 +58,7 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
     skipped: list[pathlib.Path] = []
     own = 0
     for pattern in patterns:
-        path = pathlib.Path(pattern).expanduser()
+        path = pathlib.Path(os.path.expanduser(pattern))
         here = [path] if os.path.lexists(path) else map(pathlib.Path, _matching(path))
         listed = [pair for x in here for pair in _listed(x, x == path, skipped)]
         own_here = sum(_is_own(file) for file, _ in listed)
@@ -70,7 +71,7 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
                 found.setdefault(os.path.abspath(file), (file, name))
     if not found:
         raise UserError(f"{shown(patterns[0])}: there are no images{_left_out(skipped, own)}")
-    if foreign := [path for path in skipped if path.name not in tables.FILES]:
+    if foreign := [path for path in skipped if path.name not in (*tables.FILES, LOCK)]:
         logging.warning("skipped %s", images.describe(foreign))
     if own:
         logging.info("left out %d files of earlier predictions", own)
@@ -133,10 +134,13 @@ def prepare(output: str | os.PathLike) -> pathlib.Path:
     """Makes the output folder.
 
     Raises:
-      UserError: it cannot be made or written to.
+      UserError: it cannot be made or written to, or has tables that no prediction wrote.
     """
     check_outside(output, "--output")
-    folder = pathlib.Path(output).expanduser()
+    folder = pathlib.Path(os.path.expanduser(output))
+    for path in (folder / name for name in tables.FILES):
+        if not tables.is_earlier(folder) and path.is_file() and path.stat().st_size:
+            raise _in_the_way(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "predictions.jsonl").open("a"):
@@ -174,8 +178,7 @@ def predict_files(
     Raises:
       UserError: something cannot be written, or would replace what no prediction wrote.
     """
-    if asked.maps == "tiff":
-        _check_free(output, names.values())
+    _check_free(output, names.values(), asked)
     done = tables.earlier(output, detector, asked)
     rows = {
         path: done[key]
@@ -296,13 +299,20 @@ def _write_why(seen: _Seen, nearest: str, normal: np.ndarray) -> None:
     seen.write("_why.png", pictures.contact_sheet([(title, cells)], cell=320))
 
 
-def _check_free(output: pathlib.Path, names: Iterable[str]) -> None:
+def _check_free(output: pathlib.Path, names: Iterable[str], asked: Asked) -> None:
+    """Refuses to replace what no prediction wrote; a .npy file says nothing of who wrote it."""
+    was_here = tables.is_earlier(output)
     for name in names:
-        path = tables.beside(output / name, tables.MAPS["tiff"])
-        if path.exists() and not pictures.is_prediction(path):
-            raise UserError(
-                f"{shown(path)} would be replaced by a map: give another --output, or --maps=npy"
-            )
+        for path in (tables.beside(output / name, x) for x in asked.every_file()):
+            is_own = was_here if path.suffix == ".npy" else pictures.is_prediction(path)
+            if path.exists() and not is_own:
+                raise _in_the_way(path)
+
+
+def _in_the_way(path: pathlib.Path) -> UserError:
+    return UserError(
+        f"{shown(path)} would be replaced, and no prediction wrote it: give another --output"
+    )
 
 
 def summary(rows: Sequence[Row], seconds: float, output: pathlib.Path) -> str:

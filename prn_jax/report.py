@@ -5,6 +5,7 @@ import html
 import importlib.resources
 import io
 import json
+import os
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -82,14 +83,12 @@ def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
     Raises:
       UserError: there are none, or one is damaged.
     """
-    root = epath.Path(workdir).expanduser()
+    root = epath.Path(os.path.expanduser(workdir))
     found = []
     first = _folders(root) if root.is_dir() else []
     for folder in (*first, *(x for run in first for x in _folders(run))):
-        path = folder / "results.json"
-        content = json.loads(path.read_text()) if path.exists() else {}
-        if "category" not in content:
-            continue  # the table over a seed's categories
+        if not results.is_run(folder):
+            continue
         name = "/".join(folder.parts[len(root.parts) :])
         found.append((name, folder, results.read_run(folder)))
     if not found:

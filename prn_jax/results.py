@@ -1,5 +1,6 @@
 """What a run leaves behind: one JSON per category, and the table beside the paper's figures."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import io
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -118,6 +120,15 @@ def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
             f"{shown(path)} is missing or damaged: remove results.json beside it and run the "
             "category again (it is only evaluated)"
         ) from error
+
+
+def is_run(folder: epath.Path) -> bool:
+    """Whether `results.json` is there and one category's, or damaged; not a table over several."""
+    path = folder / "results.json"
+    try:
+        return path.exists() and "category" in json.loads(path.read_text())
+    except (ValueError, TypeError, OSError):
+        return True
 
 
 def read_run(folder: epath.PathLike) -> dict[str, Any]:
@@ -227,8 +238,14 @@ def render_table(workdir: epath.PathLike, dataset: str) -> str:
 
 def _runs(workdir: epath.Path, dataset: str) -> dict[str, dict[str, Any]]:
     # No glob: etils takes `[2]` in the name of a folder for a part of the pattern.
-    found = [path for path in sorted(workdir.iterdir()) if (path / "results.json").exists()]
-    runs = {run["category"]: run for run in map(read_run, found) if run["dataset"] == dataset}
+    runs = {}
+    for path in sorted(workdir.iterdir()):
+        if not is_run(path) or (run := read_run(path))["dataset"] != dataset:
+            continue
+        if run["category"] == path.name:
+            runs[path.name] = run
+        else:
+            logging.warning("%s, a run of %s, is not in the table", shown(path), run["category"])
     order = list(PAPER.get(dataset, {}))
     return dict(sorted(runs.items(), key=lambda x: (order.index(x[0]) if x[0] in order else 99, x)))
 
@@ -289,3 +306,6 @@ def write_file(path: epath.Path, content: str | bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk it takes the room

@@ -46,7 +46,7 @@ def select(names: _Names, number: int, count: int) -> _Names:
 
 def folder(output: str | os.PathLike, number: int, count: int) -> pathlib.Path:
     """Where a part's tables and pictures go."""
-    return pathlib.Path(output).expanduser() / f"part_{number}_of_{count}"
+    return pathlib.Path(os.path.expanduser(output)) / f"part_{number}_of_{count}"
 
 
 def join(output: str | os.PathLike, count: int) -> str:
@@ -65,7 +65,7 @@ def join(output: str | os.PathLike, count: int) -> str:
         )
     if len({_made_by(x) for x in folders}) > 1:
         return "the parts are of several checkpoints: run those of the earlier ones again to join"
-    output = pathlib.Path(output).expanduser()
+    output = pathlib.Path(os.path.expanduser(output))
     rows = [row for x in folders for row in json.loads((x / "predictions.json").read_text())]
     rows.sort(key=lambda row: row["image"])
     results.write_file(output / "predictions.json", json.dumps(rows, indent=2) + "\n")

@@ -80,7 +80,7 @@ def plan(
       overrides: the `--config...` arguments that made `config`, for the runs' command lines.
       variations: from `vary` or `configs/ablations.py`: by name, fields and their values.
     """
-    root = epath.Path(workdir).expanduser()
+    root = epath.Path(os.path.expanduser(workdir))
     if "://" not in os.fspath(workdir):
         root = root.resolve()
     runs = []
@@ -205,7 +205,7 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
                     continue
                 del active[slot]
                 seconds = time.monotonic() - start
-                if process.returncode == 0 and run.is_finished():
+                if process.returncode == 0 and _has_finished(run):
                     finished_now += 1
                     left = len(waiting) + len(active)
                     ahead = (time.monotonic() - began) / finished_now * left
@@ -229,6 +229,15 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
                     )
                     logging.error("%s: %s; %s", run.name, how, _last_line(run))
     return failed
+
+
+def _has_finished(run: StudyRun) -> bool:
+    """Whether it has; one that made something else has failed, and the others go on."""
+    try:
+        return run.is_finished()
+    except UserError as error:
+        logging.error("%s: %s", run.name, error)
+        return False
 
 
 def _start(run: StudyRun, slot: int, parallel: int) -> subprocess.Popen:
@@ -346,7 +355,9 @@ def overrides_of(arguments: Sequence[str], is_ours: Callable[[str], bool]) -> li
     kept, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("-") or not is_ours(argument.lstrip("-").split("=")[0]):
+        name = argument.lstrip("-").split("=")[0]
+        # --noconfig.FIELD is absl's way to say that a field is false.
+        if not argument.startswith("-") or not (is_ours(name) or is_ours(name.removeprefix("no"))):
             continue
         kept.append(argument)
         if "=" not in argument and rest and not rest[0].startswith("--"):

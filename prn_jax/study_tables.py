@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 from collections.abc import Sequence
 
@@ -57,7 +58,7 @@ def compare(runs: Sequence[StudyRun]) -> list[Row]:
 
 def write_study(runs: Sequence[StudyRun], workdir: epath.PathLike, dataset: str) -> None:
     """Writes `study.{md,csv,tex}`; of variations each one's, and first a row per variation."""
-    folder = epath.Path(workdir).expanduser()
+    folder = epath.Path(os.path.expanduser(workdir))
     by_variation: dict[str, list[StudyRun]] = {}
     for run in runs:
         by_variation.setdefault(run.variation, []).append(run)
@@ -84,7 +85,7 @@ def write_study(runs: Sequence[StudyRun], workdir: epath.PathLike, dataset: str)
 
 def write_tables(rows: Sequence[Row], workdir: epath.PathLike, dataset: str) -> None:
     """Writes `study.md`, `study.csv` and `study.tex` (booktabs)."""
-    folder = epath.Path(workdir).expanduser()
+    folder = epath.Path(os.path.expanduser(workdir))
     results.write_file(folder / "study.md", _markdown(rows, dataset))
     results.write_file(folder / "study.csv", _csv(rows, dataset))
     results.write_file(folder / "study.tex", _latex(rows, dataset))

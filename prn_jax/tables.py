@@ -61,6 +61,10 @@ class Asked:
             for name, limit in (("score", self.threshold), ("distance", self.distance))
         )
 
+    def every_file(self) -> list[str]:
+        """The endings of the files that an image may have, an alarm's too."""
+        return self.files({"score": np.inf, "distance": np.inf})
+
     def files(self, row: Row) -> list[str]:
         """The endings of an image's files."""
         kinds = []
@@ -86,10 +90,15 @@ def key(path: pathlib.Path) -> Key | None:
 
 
 def holds(row: Row, output: pathlib.Path, name: str, asked: Asked) -> bool:
-    """Whether all files that are asked for are there, under the name that they are to have."""
+    """Whether its call wrote all files that are asked for, under the name that they are to have.
+
+    A file that is there and not among them may be an earlier checkpoint's.
+    """
     endings = asked.files(row)
     return not endings or (
-        row["pictures"] == name and all(beside(output / name, x).exists() for x in endings)
+        row["pictures"] == name
+        and set(endings) <= set(row.get("files", ()))
+        and all(beside(output / name, x).exists() for x in endings)
     )
 
 
@@ -118,7 +127,7 @@ def make(path: pathlib.Path, found: Inspection, name: str, asked: Asked) -> tupl
         "regions": cut,
         "error": "",
     }
-    return known, mask
+    return known | {"files": asked.files(known)}, mask
 
 
 def failed(path: pathlib.Path, error: UserError) -> Row:
@@ -172,6 +181,15 @@ def _made_by(detector: Detector, asked: Asked) -> dict[str, Any]:
         "pixel_threshold": asked.pixel_threshold,
         "min_area": asked.min_area,
     }
+
+
+def is_earlier(output: pathlib.Path) -> bool:
+    """Whether an earlier call wrote the tables of a folder."""
+    try:
+        with (output / "predictions.jsonl").open("rb") as file:
+            return "checkpoint" in json.loads(file.readline())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def earlier(output: pathlib.Path, detector: Detector, asked: Asked) -> dict[Key, Row]:

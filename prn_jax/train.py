@@ -242,6 +242,7 @@ def train(
     mesh: Mesh,
     identity: Identity,
     *,
+    accepted: Callable[[bool], None] = lambda resumed: None,
     write_scalars: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int, PRN, dict[str, Tree]], None] | None = None,
     describe: Callable[[Tree], None] = lambda params: None,
@@ -258,6 +259,8 @@ def train(
       checkpoints: where the run is saved and resumed from.
       mesh: devices.
       identity: what the run is made of; its `steps` say how long the training is.
+      accepted: called before anything is computed, with whether there is a checkpoint to go on
+        from, once that is known to be made of the same.
       write_scalars: receives the losses of a log step.
       evaluate: called with the step and the network every `config.eval_every` steps.
       describe: receives the trained parameters, before the first step.
@@ -272,6 +275,7 @@ def train(
     """
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
     identity = _resumable(checkpoints, identity, allow_config_change)
+    accepted(checkpoints.latest_step() is not None)
     steps = identity.steps
     # Normal images that came later, if that was allowed, have no part in them.
     stored = checkpoints.num_prototypes()

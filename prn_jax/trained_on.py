@@ -21,10 +21,20 @@ def digest(image: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
 
 
-def remember(folder: epath.PathLike, images: Iterable[np.ndarray], ids: Iterable[str]) -> None:
-    """Adds images, each uint8 [h, w, 3], and their names to those of the folder of checkpoints."""
+def remember(
+    folder: epath.PathLike, images: Iterable[np.ndarray], ids: Iterable[str], resumed: bool
+) -> None:
+    """Writes what a training's images are.
+
+    Args:
+      folder: of the checkpoints.
+      images: each uint8 [h, w, 3].
+      ids: their names.
+      resumed: there are checkpoints: what was written before was trained on as well.
+    """
     found = {digest(image): id_ for image, id_ in zip(images, ids)}
-    stored = json.dumps((recall(folder) or {}) | found, indent=0, sort_keys=True)
+    before = (recall(folder) or {}) if resumed else {}
+    stored = json.dumps(before | found, indent=0, sort_keys=True)
     results.write_file(epath.Path(folder) / _FILE, stored + "\n")
 
 

@@ -21,7 +21,7 @@ def new_images(
     existing: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[pathlib.Path]:
-    """Yields image files as they come, and again those that are written anew. Never ends.
+    """Yields image files that come from now on, and again those that are written anew. Never ends.
 
     A file is complete when it is not empty and neither its size nor its time of change became
     different from one look to the next.
@@ -32,7 +32,11 @@ def new_images(
       existing: yield what is there at the beginning too.
       sleep: waits so many seconds.
     """
-    done = {} if existing else _states(folder)
+    return _arrivals(folder, {} if existing else _states(folder), every, sleep)
+
+
+def _arrivals(folder, done, every, sleep):
+    """What is new or other than `done`, which a caller reads at its own time."""
     seen: dict[pathlib.Path, _State] = {}
     while True:
         now = _states(folder)

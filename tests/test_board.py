@@ -6,6 +6,7 @@ import logging
 import jax
 import numpy as np
 import pytest
+from clu import metric_writers
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -82,3 +83,16 @@ def test_a_profile_covers_the_steps_that_are_asked_for(
         for action in actions:
             action(now)
     assert events == expected
+
+
+def test_events_that_cannot_be_written_are_said_once_and_end_nothing(tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(metric_writers.SummaryWriter, "write_scalars", full)
+    writer = board.create_writer(tmp_path)
+    for step in range(5):
+        writer.write_scalars(step, {"loss": 1.0})
+    writer.close()
+    ours = [x for x in caplog.records if "/clu/" not in x.pathname]
+    assert len([x for x in ours if "No space left" in x.getMessage()]) == 1

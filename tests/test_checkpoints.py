@@ -57,6 +57,25 @@ def test_saving_what_every_device_holds_compiles_nothing(tmp_path):
         jax.monitoring.clear_event_listeners()
 
 
+@pytest.mark.parametrize("item", ["config", "model"])
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_an_incomplete_copy_is_named(tree, tmp_path, item, how):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, tree, tree, MADE_OF)
+    checkpoints.close()
+    if how == "missing":
+        shutil.rmtree(tmp_path / "3" / item)
+    else:
+        for path in (tmp_path / "3" / item).rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path)
+    read = checkpoints.identity if item == "config" else checkpoints.restore_model
+    with pytest.raises(UserError, match=r"/3 is damaged or not complete: copy it once more"):
+        read()
+    checkpoints.close()
+
+
 def test_an_unfinished_save_is_no_checkpoint(tree, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(5, tree, {"step": tree["b"]}, MADE_OF)

@@ -127,6 +127,15 @@ def test_a_newcomer_is_told_who_is_there_and_a_killed_one_holds_nothing(tmp_path
         pass
 
 
+def test_a_lock_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(identity.os, "write", full)
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left"):
+        identity.lock(tmp_path).__enter__()
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_no_other_training(code, tmp_path, monkeypatch):
     def refuse(*_):

@@ -215,3 +215,18 @@ def test_prediction_says_once_that_a_file_holds_several_images(tmp_path, said):
         images.read_array(tmp_path / f"{name}.tif")
     (line,) = said()
     assert re.search(f"{tmp_path}/a.tif holds 2 images: the first is read", line)
+
+
+def test_what_a_palette_or_a_colour_says_is_transparent_is_not_marked(tmp_path):
+    drawn = Image.new("P", (4, 3), 0)
+    drawn.putpalette([255, 255, 255, 200, 0, 0])
+    drawn.putpixel((2, 1), 1)
+    drawn.save(tmp_path / "p.png", transparency=0)
+    drawn.convert("RGB").save(tmp_path / "rgb.png", transparency=(255, 255, 255))
+    grey = Image.new("L", (4, 3), 255)
+    grey.putpixel((2, 1), 90)
+    grey.save(tmp_path / "grey.png", transparency=255)
+    expected = np.zeros((3, 4), bool)
+    expected[1, 2] = True
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(images.read_mask(path) > 0, expected)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 import jax
@@ -250,7 +251,7 @@ def test_maps_lie_where_the_benchmarks_own_evaluation_reads_them(tmp_path):
 def test_a_map_replaces_no_image(tmp_path):
     draw(tmp_path / "a.tiff", 100)
     before = (tmp_path / "a.tiff").read_bytes()
-    with pytest.raises(UserError, match=r"a.tiff would be replaced by a map"):
+    with pytest.raises(UserError, match=r"a.tiff would be replaced, and no prediction wrote it"):
         predict(tmp_path, tmp_path, Stub(), maps="tiff")
     assert (tmp_path / "a.tiff").read_bytes() == before
 
@@ -283,6 +284,42 @@ def test_an_alarm_is_explained_by_the_normal_image_most_like_it(folder, tmp_path
         (tmp_path / explain.NAME).write_bytes(damaged)
         with pytest.raises(UserError, match=r"normals.npz is missing or damaged"):
             explain.read(tmp_path)
+
+
+def test_what_no_prediction_wrote_is_never_replaced(folder, tmp_path):
+    (tmp_path / "mine.png").write_bytes((folder / "3.png").read_bytes())
+    for ending, asked in {
+        "_heat.png": {}, "_mask.png": {"pixel_threshold": 0.5}, "_why.png": {"explain": True},
+        ".tiff": {"maps": "tiff"}, "_map.npy": {"maps": "npy"},
+    }.items():  # fmt: skip
+        output, stub = tmp_path / f"out{ending}", Stub()
+        output.mkdir()
+        theirs = shutil.copy(tmp_path / "mine.png", output / f"3{ending}")
+        with pytest.raises(UserError, match=rf"3{ending} would be replaced.*another --output"):
+            predict(folder, output, stub, **asked)
+        assert stub.calls == 0
+        assert pathlib.Path(theirs).read_bytes() == (tmp_path / "mine.png").read_bytes()
+        assert not (output / "predictions.csv").exists()
+    for name in ("predictions.csv", "predictions.json", "predictions.jsonl"):
+        output = tmp_path / f"tables {name}"
+        output.mkdir()
+        (output / name).write_text('{"image": "mine"}\n')
+        with pytest.raises(UserError, match=rf"{name} would be replaced"):
+            predictions.prepare(output)
+        assert [x.name for x in output.iterdir()] == [name]
+    # What an earlier one wrote is, of another checkpoint's too.
+    for digest in ("one", "two"):
+        for maps in ("tiff", "npy"):
+            stub = Stub(digest=digest)
+            predict(folder, tmp_path / "again", stub, maps=maps, pixel_threshold=0.5)
+            assert stub.calls == 10
+
+
+def test_a_name_that_begins_with_a_tilde_is_a_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    draw(folder / "~new.png", 200)
+    assert "~new" in predictions.find(["~new.png", "1.png"]).values()
+    assert predictions.prepare("~out").name == "~out"
 
 
 # --- fuzz -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
 from prn_jax import results
 from prn_jax.errors import UserError
@@ -53,6 +54,27 @@ def test_the_table_has_the_paper_s_figures_of_the_same_categories(tmp_path):
     summary = json.loads((tmp_path / "results.json").read_text())
     assert summary["mean"]["pro"] == pytest.approx(0.985)
     assert "pill" in results.render_table(tmp_path, "mvtec_ad")
+
+
+def test_copies_and_tables_beside_runs_are_left_out_of_the_table(tmp_path, caplog):
+    results.write_run(tmp_path / "bottle", make_run("bottle", 0.9))
+    results.write_run(tmp_path / "bottle_old", make_run("bottle", 0.5))
+    results.write_run(tmp_path / "runs" / "pill", make_run("pill", 0.7))
+    results.write_table(tmp_path / "runs", "mvtec_ad")
+    results.write_table(tmp_path, "mvtec_ad")
+    assert json.loads((tmp_path / "results.json").read_text())["mean"]["pro"] == pytest.approx(0.9)
+    assert "bottle_old, a run of bottle, is not in the table" in caplog.text
+    (tmp_path / "pill").mkdir()
+    (tmp_path / "pill" / "results.json").write_text("")
+    with pytest.raises(UserError, match=r"pill/results.json is damaged"):
+        results.write_table(tmp_path, "mvtec_ad")
+
+
+def test_what_could_not_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "a.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot write .*a.json"):
+        results.write_file(epath.Path(tmp_path / "a.json"), "{}")
+    assert [x.name for x in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_another_data_set_has_no_paper_row_and_missing_figures_are_dashes(tmp_path):

@@ -1,14 +1,16 @@
 """A region of interest: what lies outside of `roi.png` is neither made, nor scored, nor judged."""
 
 import pathlib
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from configs import default
 from configs import folder as folder_config
-from prn_jax import datasets, input_pipeline, metrics
+from prn_jax import datasets, evaluate, input_pipeline, judge, metrics
 from prn_jax.errors import UserError
 from prn_jax.synthesis.samples import EXTENDED, SEEN, SIMULATED
 from tests.trees import make_mvtec, save
@@ -103,3 +105,34 @@ def test_figures_are_those_of_the_pixels_within_it():
     # A rectangle of the image is an image.
     cut = metrics.rank_pixels(maps[:, 6:18, 5:25], masks[:, 6:18, 5:25])
     assert metrics.pro(ranking) == pytest.approx(metrics.pro(cut))
+
+
+@pytest.mark.parametrize("name", ["roi.PNG", "Roi.bmp", "ROI.tif"])
+def test_a_region_may_be_written_otherwise_but_not_twice(config, name):
+    roi = np.uint8(np.arange(64)[:, None] + np.arange(64) >= 2)
+    save(product(config) / name, 255 * roi)
+    np.testing.assert_array_equal(input_pipeline.load_category(config, "bolt").roi, roi)
+    paint(config, np.s_[:, 8:])
+    with pytest.raises(UserError, match=r"(?i)roi.* and roi.* are both there: keep one"):
+        input_pipeline.load_category(config, "bolt")
+
+
+def test_another_judgement_counts_the_same_pixels(monkeypatch):
+    """A defect outside of the region, which the map does not show, is no missed one."""
+    roi, masks = np.zeros((20, 30), np.uint8), np.zeros((3, 20, 30), np.uint8)
+    roi[:, :15] = 1
+    masks[1, 4:9, 3:8] = masks[2, 4:9, 18:25] = 1
+    maps = masks * roi + np.float32(0.1)
+    maps[2, 10:15, 3:8] = 0.9
+    config = default.get_config()
+    config.category = "bolt"
+    detector = types.SimpleNamespace(
+        roi=roi, model=None, variables=None, mesh=None, config=config, thresholds=None, step=1
+    )
+    scores = maps.max(axis=(1, 2))
+    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: (maps, scores, None))
+    found = input_pipeline.Images(
+        np.zeros((3, 20, 30, 3), np.uint8), masks, ["good", "cut", "cut"], ["a", "b", "c"]
+    )
+    figures = judge.judge(detector, found)[0]["metrics"]
+    assert figures["pixel_ap"] == figures["image_auroc"] == 1

@@ -116,6 +116,16 @@ def test_decay_is_of_kernels_alone_and_warm_up_of_at_least_a_step_or_none():
     assert rates == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3, 0])
 
 
+def test_only_a_run_that_is_accepted_says_so(images, tmp_path):
+    config, said = small_config(total_steps=2), []
+    for _ in range(2):
+        run(config, images, tmp_path, accepted=said.append)
+    assert said == [False, True]
+    with pytest.raises(UserError, match="made of something else"):
+        run(small_config(total_steps=2, num_seen=3), images, tmp_path, accepted=said.append)
+    assert said == [False, True]
+
+
 @pytest.mark.slow
 def test_eight_devices_make_the_step_of_one(images):
     """Same parameters, same batch: same losses, batch statistics and updated parameters.

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -95,3 +96,24 @@ def test_a_verdict_is_json_and_an_unreadable_file_an_error(tmp_path):
     assert "b.png" in watch.verdict(inspect, tmp_path / "b.png", Asked(0.5))["error"]
     with pytest.raises(UserError):
         inspect(tmp_path / "b.png")
+
+
+def test_what_comes_before_the_first_look_is_new(tmp_path):
+    picture(tmp_path / "old.png")
+    arrivals = watch.new_images(tmp_path, sleep=lambda _: None)
+    picture(tmp_path / "~meanwhile.png")  # a network is being read
+    assert next(arrivals).name == "~meanwhile.png"
+
+
+def test_a_day_that_is_cleaned_away_while_it_is_listed_ends_nothing(tmp_path, monkeypatch):
+    picture(tmp_path / "kept.png")
+    (tmp_path / "monday").mkdir()
+    listed = pathlib.Path.iterdir
+
+    def iterdir(path):
+        if path.name == "monday":
+            path.rmdir()
+        return listed(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
+    assert watched(tmp_path, nothing, existing=True) == [("kept.png", 1)]

@@ -67,9 +67,9 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
         def look(folder: pathlib.Path) -> dict[str, pathlib.Path]:
             found = {name: cls._category_folder(folder, name) for name in cls.counts}
-            return {name: path for name, path in found.items() if (path / cls.marker).is_dir()}
+            return {name: path for name, path in found.items() if os.path.isdir(path / cls.marker)}
 
-        root = pathlib.Path(manual_dir).expanduser()
+        root = pathlib.Path(os.path.expanduser(manual_dir))
         if not os.fspath(manual_dir):  # not the current folder: there are none
             return {}
         if found := look(root):
@@ -91,14 +91,14 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
         """Returns the error of a category that is not on disk."""
-        root = pathlib.Path(manual_dir).expanduser()
+        root = pathlib.Path(os.path.expanduser(manual_dir))
         expected = cls._category_folder(root, category) / cls.marker
         return cls._where_from(f"{cls.name}/{category}: no folder {shown(expected)}")
 
     @classmethod
     def nothing_found(cls, manual_dir: str | os.PathLike) -> UserError:
         """Returns the error where no category at all is on disk."""
-        root = pathlib.Path(manual_dir).expanduser()
+        root = pathlib.Path(os.path.expanduser(manual_dir))
         looked = [f"{cls._category_folder(pathlib.Path(), x) / cls.marker}" for x in cls.counts]
         looked = f"{looked[0]} to {looked[-1]}" if len(looked) > 1 else looked[0]
         if not root.is_dir():

@@ -31,7 +31,7 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         """Returns the products' folders by the products' names."""
         if not os.fspath(manual_dir):  # not the current folder: there are none
             return {}
-        root = pathlib.Path(manual_dir).expanduser().resolve()
+        root = pathlib.Path(os.path.expanduser(manual_dir)).resolve()
         if _is_product(root):
             return {root.name: root}
         return {path.name: path for path in layout.out_of_place(root, ()) if _is_product(path)}
@@ -56,7 +56,7 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         Raises:
           UserError: there are those of several products.
         """
-        root = pathlib.Path(manual_dir).expanduser().resolve()
+        root = pathlib.Path(os.path.expanduser(manual_dir)).resolve()
         source = root if root.name == category else root / category
         digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
         name = re.sub(r"[^\w.-]+", "_", category)[:60] + f"-{digest}"
@@ -87,7 +87,7 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
     @classmethod
     def look_for_slips(cls, manual_dir: str | os.PathLike, category: str = "") -> None:
         """Raises `UserError` where a product's folder of normal images is called otherwise."""
-        root = pathlib.Path(manual_dir).expanduser()
+        root = pathlib.Path(os.path.expanduser(manual_dir))
         products = [root / category] if category else layout.out_of_place(root, ())
         for product in (root, *products):
             for path in () if _is_product(product) else layout.out_of_place(product / "train", ()):
@@ -99,7 +99,7 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
 
     @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
-        root = pathlib.Path(manual_dir).expanduser()
+        root = pathlib.Path(os.path.expanduser(manual_dir))
         product = category or "<product>"
         if not root.is_dir():
             return UserError(
@@ -120,7 +120,7 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
 
 
 def _is_product(folder: pathlib.Path) -> bool:
-    return (folder / "train" / layout.GOOD).is_dir()
+    return os.path.isdir(folder / "train" / layout.GOOD)  # not of what may not be entered
 
 
 def _remembered(folder: epath.Path) -> dict[str, str]:

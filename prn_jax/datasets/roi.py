@@ -10,23 +10,36 @@ from PIL import Image
 from prn_jax import images
 from prn_jax.errors import UserError, shown
 
-NAME = "roi.png"
+NAME = "roi.png"  # or another type of image, however it is written
+
+
+def _find(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file.
+
+    Raises:
+      UserError: there are two.
+    """
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [x for x in entries if x.stem.lower() == "roi" and images.is_image(x)]
+    if len(found) > 1:
+        raise UserError(f"{shown(found[0])} and {found[1].name} are both there: keep one")
+    return found[0] if found else None
 
 
 def content(folder: pathlib.Path) -> bytes:
     """The file's bytes; none where there is no such file."""
-    path = folder / NAME
-    return path.read_bytes() if path.is_file() else b""
+    path = _find(folder)
+    return path.read_bytes() if path else b""
 
 
 def read(folder: pathlib.Path) -> np.ndarray | None:
     """The region of a category's folder, uint8 [h, w] in {0, 255}; None where none is drawn.
 
     Raises:
-      UserError: it is unreadable, or empty.
+      UserError: there are two, or it is unreadable, or empty.
     """
-    path = folder / NAME
-    if not path.is_file():
+    path = _find(folder)
+    if path is None:
         return None
     mask = images.read_mask(path)
     if not mask.any():

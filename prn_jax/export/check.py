@@ -171,7 +171,7 @@ def read_folder(folder: pathlib.Path, given: Size, white: int) -> list[bytes]:
 
 def run_folder(checkpoint: pathlib.Path) -> pathlib.Path:
     """`<workdir>/<category>` of a checkpoint that is given by it or by `checkpoints` in it."""
-    folder = checkpoint.expanduser().resolve()
+    folder = pathlib.Path(os.path.expanduser(checkpoint)).resolve()
     return folder.parent if folder.name == "checkpoints" else folder
 
 

@@ -6,6 +6,7 @@ Prints metrics, and what the stored thresholds do beside thresholds chosen on th
 evaluation.json, evaluation.md and evaluation.png. Images that were trained on are left out.
 """
 
+import os
 import pathlib
 import sys
 
@@ -37,7 +38,7 @@ def main() -> None:
     if IMAGES.value is None:
         found = judge.read_own(detector, SPLIT.value, MANUAL_DIR.value)
     else:
-        found = judge.read_folder(pathlib.Path(IMAGES.value).expanduser(), detector)
+        found = judge.read_folder(pathlib.Path(os.path.expanduser(IMAGES.value)), detector)
     found = judge.leave_out_trained(found, detector)
     evaluation, sheet = judge.judge(detector, found, progress=sys.stderr.isatty())
     path = judge.write(OUTPUT.value, evaluation, sheet)

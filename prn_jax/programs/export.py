@@ -7,6 +7,7 @@ Input `image`, uint8 [b, h, w, 3]; outputs `map`, float32 [b, h, w], `score` and
 float32 [b].
 """
 
+import os
 import pathlib
 
 from absl import flags
@@ -48,7 +49,7 @@ def main() -> None:
     if not IMAGES.value or not export.is_exact(kind, int8):
         split = check.read_run(run)
     if IMAGES.value:
-        folder = pathlib.Path(IMAGES.value).expanduser()
+        folder = pathlib.Path(os.path.expanduser(IMAGES.value))
         files = check.read_folder(folder, size, detector.white_level)
     else:
         files = check.enlarged(split, size)

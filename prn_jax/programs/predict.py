@@ -37,6 +37,7 @@ flags.mark_flags_as_required(["checkpoint"])
 def main(patterns: list[str]) -> None:
     """Predicts, and says what was found."""
     from prn_jax import explain, mesh, predict, predictions, shards
+    from prn_jax.identity import lock
 
     names = predictions.find(patterns)
     folder = OUTPUT.value
@@ -52,14 +53,10 @@ def main(patterns: list[str]) -> None:
         detector, pictures=PICTURES.value, maps=MAPS.value, explain=EXPLAIN.value
     )
     began = time.monotonic()
-    rows = predictions.predict_files(
-        detector,
-        names,
-        output,
-        asked,
-        normals=normals,
-        batch_size=BATCH_SIZE.value,
-    )
+    with lock(output, "prediction", flag="--output"):
+        rows = predictions.predict_files(
+            detector, names, output, asked, normals=normals, batch_size=BATCH_SIZE.value
+        )
     print(predictions.summary(rows, time.monotonic() - began, output), flush=True)
     if SHARD.value:
         print(shards.join(OUTPUT.value, count), flush=True)

@@ -6,6 +6,7 @@ Look at it before a long training: are the anomalies on the product, visible, an
 outlines?
 """
 
+import os
 import pathlib
 
 from absl import flags
@@ -25,7 +26,7 @@ def main() -> None:
     from prn_jax import experiment, input_pipeline, pictures, preview
 
     config = experiment.checked(CONFIG.value)
-    output = pathlib.Path(OUTPUT.value).expanduser()
+    output = pathlib.Path(os.path.expanduser(OUTPUT.value))
     names = experiment.categories(config)
     for name in names:
         with config.unlocked():

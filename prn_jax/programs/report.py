@@ -5,6 +5,7 @@
 The page needs no network and no other file.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -22,7 +23,7 @@ def main() -> None:
 
     from prn_jax import report
 
-    path = epath.Path(OUTPUT.value or f"{WORKDIR.value}/report.html").expanduser()
+    path = epath.Path(os.path.expanduser(OUTPUT.value or f"{WORKDIR.value}/report.html"))
     report.write_report(WORKDIR.value, path, progress=sys.stderr.isatty())
     print(path, flush=True)
 

@@ -9,6 +9,7 @@ and `--ablations` leaves out one part of PRN after another; the table then has a
 `--slurm` runs nothing and prints a job array.
 """
 
+import os
 import pathlib
 import sys
 
@@ -52,7 +53,7 @@ def main() -> None:
     if SLURM.value:
         print(study.slurm_array(runs, PARALLEL.value if PARALLEL.value > 1 else len(runs)), end="")
         return
-    workdir = pathlib.Path(WORKDIR.value).expanduser()
+    workdir = pathlib.Path(os.path.expanduser(WORKDIR.value))
     failed = study.execute(runs, workdir, PARALLEL.value)
     study_tables.write_study(runs, workdir, config.data.name)
     print((workdir / "study.md").read_text(), flush=True)

@@ -33,9 +33,9 @@ def main(folders: list[str]) -> None:
     from prn_jax import mesh, predict, watch
     from prn_jax.errors import UserError, shown
 
-    if len(folders) != 1 or not pathlib.Path(folders[0]).expanduser().is_dir():
+    if len(folders) != 1 or not pathlib.Path(os.path.expanduser(folders[0])).is_dir():
         raise UserError(f"{' '.join(folders) or 'nothing'}: give one folder to watch")
-    folder = pathlib.Path(folders[0]).expanduser()
+    folder = pathlib.Path(os.path.expanduser(folders[0]))
     arrivals = watch.new_images(folder, every=EVERY.value, existing=EXISTING.value)
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)

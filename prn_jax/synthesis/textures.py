@@ -1,5 +1,6 @@
 """Textures, the content of simulated anomalies: DTD, a folder of images, or bundled ones."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -52,7 +53,7 @@ def load_textures(
     if source == "dtd":
         return _from_tfds(size, limit, data_dir)
     if source:
-        return _from_folder(pathlib.Path(source).expanduser(), size, limit)
+        return _from_folder(pathlib.Path(os.path.expanduser(source)), size, limit)
     photographs = _bundled(size, exclude)
     both = photographs + procedural(size, _PROCEDURAL)
     kept = spread(len(both), limit)
@@ -83,7 +84,7 @@ def _from_tfds(size: tuple[int, int], limit: int, data_dir: str) -> np.ndarray:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder("dtd", data_dir=str(pathlib.Path(data_dir).expanduser()))
+        builder = tfds.builder("dtd", data_dir=str(pathlib.Path(os.path.expanduser(data_dir))))
         builder.download_and_prepare()
         split = builder.as_dataset(split="train", shuffle_files=False)
     except Exception as error:
