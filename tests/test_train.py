@@ -116,6 +116,13 @@ def test_decay_is_of_kernels_alone_and_warm_up_of_at_least_a_step_or_none():
     assert rates == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3, 0])
 
 
+def test_a_checkpoint_is_due_after_so_many_minutes_at_a_log_step(images, tmp_path):
+    fields = {"checkpoint.every_steps": 0, "checkpoint.every_minutes": 1e-9,
+              "checkpoint.keep": 9, "total_steps": 5}  # fmt: skip
+    run(small_config(**fields), images, tmp_path)
+    assert {x.name for x in tmp_path.iterdir() if x.name.isdigit()} == {"2", "4", "5"}
+
+
 def test_only_a_run_that_is_accepted_says_so(images, tmp_path):
     config, said = small_config(total_steps=2), []
     for _ in range(2):
