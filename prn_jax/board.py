@@ -15,7 +15,7 @@ from PIL import Image
 from prn_jax import mesh as meshes
 from prn_jax import pictures
 from prn_jax.identity import as_dict
-from prn_jax.input_pipeline import Images
+from prn_jax.splits import Images
 
 _EXAMPLES = 8
 _SIDE = 128  # pixels, the longer one

@@ -138,6 +138,8 @@ def checked(config: ConfigDict) -> ConfigDict:
         )
     if config.num_seen < 0:
         raise UserError(f"num_seen={config.num_seen}: give 0 or more")
+    if not 0 <= config.split_seed < 2**32:
+        raise UserError(f"split_seed={config.split_seed}: give 0 to {2**32 - 1}")
     _check_some("attention.scales", config.attention.scales, (1, 2, 3))
     if not config.attention.divisions or not all(
         isinstance(x, int) and x >= 1 for x in config.attention.divisions
@@ -283,21 +285,24 @@ def _run_category(
         board.write_test(writer, step, data.test, maps, metrics)
         logging.info("step %d: %s", step, _one_line(metrics))
 
+    tiles = int(Tiling.of(config).counting(data.roi).sum())
     identity = Identity(
         config.data.name,
         config.category,
         data.fingerprint,
         tuple(data.seen.id),
-        training.total_steps(config, len(data.train) * Tiling.of(config).count),
+        training.total_steps(config, len(data.train) * tiles),
         data.white_level,
         as_dict(config),
         held=tuple(data.held.id),
     )
 
     def remember(resumed):
-        if meshes.is_main():
-            pixels, ids = (*data.train.image, *data.seen.image), (*data.train.id, *data.seen.id)
-            trained_on.remember(checkpoints.folder, pixels, ids, resumed)
+        parts = data.train, data.seen, data.test
+        meshes.from_main(
+            "the record of what is trained on",
+            lambda: trained_on.remember(checkpoints.folder, *parts, resumed),
+        )
 
     try:
         trained = training.train(

@@ -226,7 +226,8 @@ def lock(
     what: str = "training",
     inheritable: bool = False,
     flag: str = "--workdir",
-) -> Iterator[None]:
+    wait: bool = False,
+) -> Iterator[bool]:
     """Holds a folder for this process alone.
 
     The lock is the kernel's, so it ends with its process, however that ends. Without it goes a
@@ -237,12 +238,16 @@ def lock(
       what: works in it, for the message.
       inheritable: processes that this one starts hold it too.
       flag: that names another folder.
+      wait: until another process lets go of it.
+
+    Yields:
+      Whether it is held.
 
     Raises:
       UserError: another process holds it, and the message says which; or it cannot be written to.
     """
     if "://" in os.fspath(folder):
-        yield
+        yield False
         return
     import fcntl
 
@@ -251,33 +256,39 @@ def lock(
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise _unwritable(path.parent, error) from error
+        raise _unwritable(path.parent, flag, error) from error
     with file:
         os.set_inheritable(file.fileno(), inheritable)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"another {what} works in {shown(path.parent)} ({file.read() or 'just begun'}): "
-                f"wait until it has ended, or give another {flag}"
-            ) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read() or "just begun"
+                there = f"another {what} works in {shown(path.parent)} ({holder})"
+                if not wait:
+                    raise UserError(
+                        f"{there}: wait until it has ended, or give another {flag}"
+                    ) from error
+                logging.info("%s: waiting until it has ended", there)
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             logging.log_first_n(
                 logging.WARNING,
                 "%s cannot be locked (%s): see to it that nothing else works there",
                 1, shown(path.parent), error.strerror,
             )  # fmt: skip
-        else:
-            since = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
-            holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-            try:
-                file.truncate(0)
-                os.write(file.fileno(), holder.encode())
-            except OSError as error:
-                raise _unwritable(path.parent, error) from error
-        yield
+            yield False
+            return
+        since = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        try:
+            file.truncate(0)
+            os.write(file.fileno(), holder.encode())
+        except OSError as error:
+            raise _unwritable(path.parent, flag, error) from error
+        yield True
 
 
-def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to {shown(folder)}: {error.strerror}")
+def _unwritable(folder: pathlib.Path, flag: str, error: OSError) -> UserError:
+    return UserError(f"cannot write to {shown(folder)} ({flag}): {error.strerror}")

@@ -4,77 +4,25 @@ What stands in a slot of a batch is a function of the seed, the step and the slo
 reproducible, resumes by starting the plan at its step, and does not depend on the number of hosts.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import io
-import itertools
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image
 
-from prn_jax import datasets, disk, images
+from prn_jax import datasets, disk
 from prn_jax.datasets.roi import from_text
 from prn_jax.errors import UserError
+from prn_jax.splits import Images, read_split, within
 from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
 from prn_jax.tiles import Tiling
 
 # Slots after which the plan of kinds repeats: shares are met to a thousandth.
 _PERIOD = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Images of one split, decoded and resized.
-
-    Attributes:
-      image: uint8 [n, h, w, 3].
-      mask: uint8 [n, h, w] in {0, 1}.
-      defect: names, "good" for a normal image.
-      id: paths below the category, without extension.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
-    defect: list[str]
-    id: list[str]
-
-    def __len__(self) -> int:
-        return len(self.id)
-
-    @property
-    def label(self) -> np.ndarray:
-        """1 for an anomalous image, 0 for a normal one, int [n]."""
-        return np.array([defect != "good" for defect in self.defect], int).reshape(-1)
-
-    @functools.cached_property
-    def has_mask(self) -> np.ndarray:
-        """Whether the pixels can be judged, bool [n]: of normal images, and where some are marked.
-
-        A defect without a mask, or with one of which nothing is left, marks none.
-        """
-        marked = (mask.any() for mask in self.mask)
-        return np.array([x or not anomalous for x, anomalous in zip(marked, self.label)], bool)
-
-    def select(self, chosen: Sequence[bool]) -> "Images":
-        """Those whose entry is true."""
-        return self.pick(np.flatnonzero(np.asarray(chosen, bool)))
-
-    def pick(self, index: np.ndarray) -> "Images":
-        """Those of these numbers."""
-        return Images(
-            disk.rows(self.image, index),
-            disk.rows(self.mask, index),
-            [self.defect[i] for i in index],
-            [self.id[i] for i in index],
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,77 +144,6 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         held=held,
         roi=roi,
     )
-
-
-def within(split: Images, roi: np.ndarray, category: str) -> Images:
-    """Images whose masks mark nothing outside of the region of interest; says which are lost."""
-    found = dataclasses.replace(split, mask=split.mask * roi)
-    outside = [x for x, gone in zip(split.id, split.has_mask & ~found.has_mask) if gone]
-    what = "the defects of %d images lie outside of the region of interest"
-    _say_unmarked(category, what, outside)
-    return found
-
-
-def _say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
-    """Warns of anomalous images of which no pixel can be judged, if there are any."""
-    if ids:
-        logging.warning(
-            "%s: %s (%s): they count for the image-level figures alone, and are not drawn as seen "
-            "ones",
-            category, what % len(ids), ", ".join(ids[:5]),
-        )  # fmt: skip
-
-
-def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]) -> Images:
-    """Decodes and resizes a split as prediction does, by `images`, several images at a time."""
-    count = builder.info.splits[split].num_examples if split in builder.info.splits else 0
-    image, mask = disk.zeros((count, *size, 3), np.uint8), disk.zeros((count, *size), np.uint8)
-    found, lacking, vanished = [], [], []
-
-    def read(number, record):
-        image[number] = images.resize(images.decode(record["image"]), size)
-        large = np.asarray(Image.open(io.BytesIO(record["mask"])))
-        if large.any():  # what nothing is written to takes no memory
-            mask[number] = images.resize_mask(large, size)
-            if not mask[number].any():
-                vanished.append((record["id"].decode(), large))
-        if not record["has_mask"]:
-            lacking.append(record["id"].decode())
-        return record["defect"].decode(), record["id"].decode()
-
-    if count:
-        records = enumerate(
-            builder.as_dataset(
-                split=split,
-                read_config=tfds.ReadConfig(try_autocache=False),
-                shuffle_files=False,
-                decoders={x: tfds.decode.SkipDecoding() for x in ("image", "mask")},
-            ).as_numpy_iterator()
-        )
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            while some := list(itertools.islice(records, 64)):  # encoded images held at a time
-                found.extend(pool.map(lambda numbered: read(*numbered), some))
-    category = builder.category
-    _say_unmarked(category, "%d anomalous images have no mask", sorted(lacking))
-    _say_vanished(category, sorted(vanished, key=lambda x: x[0]), size)
-    defect, id_ = zip(*found) if found else [()] * 2
-    return Images(image, mask, list(defect), list(id_))
-
-
-def _say_vanished(
-    category: str, vanished: list[tuple[str, np.ndarray]], size: tuple[int, int]
-) -> None:
-    """Warns of masks of which nothing is left at `size`, and says which size keeps them."""
-    if not vanished:
-        return
-    factor = 2
-    while not all(
-        images.resize_mask(mask, (size[0] * factor, size[1] * factor)).any() for _, mask in vanished
-    ):
-        factor += 1
-    height, width = (x * factor for x in size)
-    what = "nothing is left of %d masks at image_size=({},{}), which image_size=({},{}) keeps"
-    _say_unmarked(category, what.format(*size, height, width), [x for x, _ in vanished])
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -406,8 +283,6 @@ def in_tiles(config: ConfigDict, data: CategoryData) -> CategoryData:
     tiling = Tiling.of(config)
     if tiling.count == 1:
         return data
-    roi = np.ones(tiling.size, np.uint8) if data.roi is None else data.roi
-    counts = tiling.cut(roi[None])
 
     def cut(array: np.ndarray) -> np.ndarray:
         tiles = disk.zeros((len(array) * tiling.count, *tiling.tile, *array.shape[3:]), array.dtype)
@@ -424,9 +299,10 @@ def in_tiles(config: ConfigDict, data: CategoryData) -> CategoryData:
         )  # fmt: skip
 
     seen, foreground = cut_all(data.seen), cut(data.foreground)
+    whole = tiling.cut((np.ones(tiling.size, np.uint8) if data.roi is None else data.roi)[None])
     for number in np.flatnonzero(~foreground.any(axis=(1, 2))):
-        foreground[number] = counts[number % tiling.count]
-    inside = np.flatnonzero(np.tile(counts.any(axis=(1, 2)), len(data.train)))
+        foreground[number] = whole[number % tiling.count]
+    inside = np.flatnonzero(np.tile(tiling.counting(data.roi), len(data.train)))
     return dataclasses.replace(
         data, train=cut_all(data.train).pick(inside), seen=seen.select(seen.has_mask),
         foreground=disk.rows(foreground, inside), roi=None,

@@ -14,9 +14,9 @@ from prn_jax import evaluate, images, pictures, results, thresholds, trained_on
 from prn_jax.datasets import layout
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import as_dict
-from prn_jax.input_pipeline import Images, read_split, within
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 from prn_jax.predict import Detector
+from prn_jax.splits import Images, read_split, within
 
 Evaluation = dict[str, Any]
 

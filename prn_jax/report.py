@@ -7,6 +7,7 @@ import io
 import json
 import os
 import string
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,15 +67,19 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
         ),
         table=_table([(name, run) for name, _, run in runs], dataset),
         notes=html.escape(notes),
-        # Inside of a script element only "</" could end it.
-        data=json.dumps(data, allow_nan=False).replace("</", "<\\/"),
+        # Inside of a script element "</" could end it, and "<!--<script" what follows it.
+        data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     )
     results.write_file(epath.Path(path), page)
 
 
 def _folders(folder: epath.Path) -> list[epath.Path]:
     # No glob: etils takes `[2]` in the name of a folder for a part of the pattern.
-    return sorted(x for x in folder.iterdir() if x.is_dir())
+    try:
+        return sorted(x for x in folder.iterdir() if x.is_dir())
+    except PermissionError:
+        logging.warning("skipped %s: it may not be read", shown(folder))
+        return []
 
 
 def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
@@ -170,7 +175,7 @@ def _table(runs: Sequence[tuple[str, Run]], dataset: str) -> str:
     heads = "".join(f"<th scope=col>{title}</th>" for title in results.COLUMNS.values())
     rows = []
     for name, run in runs:
-        link = f'<a href="#{html.escape(name, quote=True)}">{html.escape(name)}</a>'
+        link = f'<a href="#{urllib.parse.quote(name, safe="")}">{html.escape(name)}</a>'
         rows.append(f"<tr><td>{link}</td>{_cells(run['metrics'], paper.get(run['category']))}")
     mean = results.mean([run["metrics"] for _, run in runs])
     known = all(run["category"] in paper for _, run in runs) if paper else False
@@ -198,10 +203,12 @@ def _cells(figures: dict[str, float | None], paper: dict[str, float] | None) -> 
 def _charts(folder: epath.Path, run: Run, stored: dict[str, np.ndarray], maps: np.ndarray) -> str:
     scores = np.array([entry["score"] for entry in run["test"]])
     labels = np.array([entry["defect"] != "good" for entry in run["test"]])
+    mask = stored["mask"]
+    known = ~labels | mask.any(axis=(1, 2))
     charts = [_histogram(scores, labels)]
     rankings = [
         ("images", metrics.rank_images(scores, labels)),
-        ("pixels", metrics.rank_pixels(maps, stored["mask"], stored.get("roi"))),
+        ("pixels", metrics.rank_pixels(maps, mask, stored.get("roi"), known)),
     ]
 
     def curves(curve) -> list[Line]:

@@ -73,7 +73,7 @@ def plan(
     """The runs of a study, variation after variation and in it seed after seed.
 
     Args:
-      config: the checked configuration; its seed is replaced, its split seed counted up.
+      config: as the command line gives it; its seed is replaced, its split seed counted up.
       categories: their names.
       seeds: of training.
       workdir: of the study.
@@ -205,7 +205,7 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
                     continue
                 del active[slot]
                 seconds = time.monotonic() - start
-                if process.returncode == 0 and _has_finished(run):
+                if process.returncode == 0 and has_finished(run):
                     finished_now += 1
                     left = len(waiting) + len(active)
                     ahead = (time.monotonic() - began) / finished_now * left
@@ -231,7 +231,7 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
     return failed
 
 
-def _has_finished(run: StudyRun) -> bool:
+def has_finished(run: StudyRun) -> bool:
     """Whether it has; one that made something else has failed, and the others go on."""
     try:
         return run.is_finished()

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from prn_jax import results
-from prn_jax.study import StudyRun
+from prn_jax.study import StudyRun, has_finished
 
 # The paper states these two; its PRO and AP per category are second-hand.
 _CONFIRMED = ("image_auroc", "pixel_auroc")
@@ -30,7 +30,7 @@ def summarise(runs: Sequence[StudyRun]) -> list[Row]:
     found: dict[str, dict[int, dict]] = {}
     for run in runs:
         by_seed = found.setdefault(run.category, {})
-        if run.is_finished():
+        if has_finished(run):
             by_seed[run.seed] = results.read_run(run.folder)["metrics"]
     rows = []
     for name, by_seed in found.items():

@@ -81,6 +81,12 @@ class Tiling:
         ]  # fmt: skip
         return xp.reshape(xp.stack(tiles, axis=1), (-1, *self.tile, *images.shape[3:]))
 
+    def counting(self, roi: np.ndarray | None) -> np.ndarray:
+        """Which places have some of a region of interest, [height, width], bool [count]."""
+        if roi is None:
+            return np.ones(self.count, bool)
+        return self.cut(roi[None]).any(axis=(1, 2))
+
     def at(self, images: Array, place: int) -> Array:
         """The tiles of one place, [n, h, w, ...], of images of `size`."""
         row, column = divmod(place, self.grid[1])

@@ -78,7 +78,7 @@ def create_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Linear warm-up of at least a step, if there is one; then a cosine to 0 at the last step."""
     share = config.optimizer.warmup
     if not share:
-        return optax.cosine_decay_schedule(config.optimizer.learning_rate, steps)
+        return optax.cosine_decay_schedule(config.optimizer.learning_rate, max(1, steps))
     warmup = max(1, int(share * steps))
     return optax.warmup_cosine_decay_schedule(
         0.0, config.optimizer.learning_rate, warmup, max(steps, warmup + 1)
@@ -321,6 +321,7 @@ def train(
                     termination.number,
                 )
             if evaluate and _due(step, config.eval_every) and step < steps:
+                progress.check(step)
                 evaluate(step, model, state.network | frozen)
     if not steps:
         save(0)

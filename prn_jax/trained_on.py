@@ -5,13 +5,13 @@ By its pixels an image is known again in another folder and under another name.
 
 import hashlib
 import json
-from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
 
 from prn_jax import results
 from prn_jax.errors import UserError, shown
+from prn_jax.splits import Images
 
 _FILE = "trained_on.json"
 
@@ -22,18 +22,31 @@ def digest(image: np.ndarray) -> str:
 
 
 def remember(
-    folder: epath.PathLike, images: Iterable[np.ndarray], ids: Iterable[str], resumed: bool
+    folder: epath.PathLike, trained: Images, seen: Images, tested: Images, resumed: bool
 ) -> None:
     """Writes what a training's images are.
 
     Args:
       folder: of the checkpoints.
-      images: each uint8 [h, w, 3].
-      ids: their names.
+      trained: the normal images, at the network's size.
+      seen: the seen anomalies.
+      tested: the test images.
       resumed: there are checkpoints: what was written before was trained on as well.
+
+    Raises:
+      UserError: images that only the earlier part was trained on are to be tested on.
     """
-    found = {digest(image): id_ for image, id_ in zip(images, ids)}
+    found = {digest(image): id_ for x in (trained, seen) for image, id_ in zip(x.image, x.id)}
     before = (recall(folder) or {}) if resumed else {}
+    moved = before.keys() - found.keys()
+    each = zip(tested.image, tested.id) if moved else ()
+    leaked = [id_ for image, id_ in each if digest(image) in moved]
+    if leaked:
+        raise UserError(
+            f"the training so far has had {', '.join(leaked[:3])}{', ...' * (len(leaked) > 3)} "
+            "among its images, which would be tested on now: put the images back, or give another "
+            "--workdir"
+        )
     stored = json.dumps(before | found, indent=0, sort_keys=True)
     results.write_file(epath.Path(folder) / _FILE, stored + "\n")
 

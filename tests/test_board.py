@@ -14,7 +14,7 @@ from tensorboard.util import tensor_util
 
 from prn_jax import board
 from prn_jax.configs import demo
-from prn_jax.input_pipeline import Images
+from prn_jax.splits import Images
 
 
 def test_the_events_hold_fields_parameters_metrics_and_images(tmp_path, caplog):

@@ -13,13 +13,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from configs import default, mvtec
 from configs import folder as folder_config
-from prn_jax import datasets, experiment, identity, pretrained, program, train
+from prn_jax import datasets, experiment, identity, pretrained, program, train, trained_on
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import Identity
+from prn_jax.splits import Images
 from tests import tiny
 from tests.processes import ROOT
 from tests.trees import draw, draw_mask, make_mvtec, save
@@ -103,6 +105,29 @@ def test_what_changes_no_figure_may_differ():
     assert Identity.from_json(make().as_json()) == make()
 
 
+def test_what_was_trained_on_is_remembered_and_never_tested_on(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
+
+    def some(*numbers):
+        none = np.zeros((len(numbers), 4, 4), np.uint8)
+        return Images(pixels[list(numbers)], none, ["good"] * len(numbers), list(map(str, numbers)))
+
+    def known():
+        return sorted(trained_on.recall(tmp_path).values())
+
+    trained_on.remember(tmp_path, some(0, 1), some(2), some(3), resumed=False)
+    assert known() == ["0", "1", "2"]
+    # A training that left no checkpoint left nothing that was trained on.
+    trained_on.remember(tmp_path, some(0), some(2), some(1, 3), resumed=False)
+    assert known() == ["0", "2"]
+    trained_on.remember(tmp_path, some(4), some(2), some(3), resumed=True)
+    assert known() == ["0", "2", "4"]
+    with pytest.raises(UserError, match="has had 0 among its images, which would be tested on"):
+        trained_on.remember(tmp_path, some(4), some(2), some(3, 0), resumed=True)
+    # What lies in both folders from the beginning is the user's to know.
+    trained_on.remember(tmp_path, some(0, 4), some(2), some(3, 0), resumed=True)
+
+
 # --- the lock -------------------------------------------------------------------------------------
 
 HOLD = """
@@ -132,7 +157,9 @@ def test_a_lock_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(identity.os, "write", full)
-    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left"):
+    with pytest.raises(
+        UserError, match=rf"cannot write to {tmp_path} \(--workdir\): No space left"
+    ):
         identity.lock(tmp_path).__enter__()
 
 

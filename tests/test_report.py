@@ -3,12 +3,13 @@
 import contextlib
 import re
 import shutil
+import urllib.parse
 
 import numpy as np
 import pytest
 from clu import metric_writers
 
-from prn_jax import explain, report, results
+from prn_jax import explain, metrics, report, results
 from prn_jax.errors import UserError
 
 SIZE = (40, 56)
@@ -84,6 +85,24 @@ def test_a_workdir_without_results_is_named(tmp_path):
     with pytest.raises(UserError, match="different runs"):
         report.write_report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_any_name_is_a_link_and_unknown_masks_are_in_no_curve(tmp_path, monkeypatch):
+    name, ranked = "50%_<!--<script>", []
+    run = make_run(tmp_path, name)
+    stored = results.read_predictions(tmp_path / name)
+    stored["mask"][-2:] = 0  # of two defects nothing is known
+    results.write_predictions(tmp_path / name, stored["image"], stored["mask"], stored["map"])
+    rank = metrics.rank_pixels
+    monkeypatch.setattr(metrics, "rank_pixels", lambda *x: ranked.append(x) or rank(*x))
+    report.write_report(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    (link,) = re.findall(r'href="#([^"]+)"', page)
+    assert urllib.parse.unquote(link) == name
+    assert "<!--<script" not in page.split("</table>", 1)[1]
+    ((_, masks, roi, known),) = ranked
+    assert roi is None
+    assert known.tolist() == [True] * (len(run["test"]) - 2) + [False] * 2
 
 
 def test_training_curves_keep_the_later_of_two_runs(tmp_path):

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from configs import default
 from configs import folder as folder_config
-from prn_jax import datasets, evaluate, input_pipeline, judge, metrics
+from prn_jax import datasets, evaluate, input_pipeline, judge, metrics, splits
 from prn_jax.errors import UserError
 from prn_jax.synthesis.samples import EXTENDED, SEEN, SIMULATED
 from tests.trees import make_mvtec, save
@@ -131,7 +131,7 @@ def test_another_judgement_counts_the_same_pixels(monkeypatch):
     )
     scores = maps.max(axis=(1, 2))
     monkeypatch.setattr(evaluate, "predict", lambda *_, **__: (maps, scores, None))
-    found = input_pipeline.Images(
+    found = splits.Images(
         np.zeros((3, 20, 30, 3), np.uint8), masks, ["good", "cut", "cut"], ["a", "b", "c"]
     )
     figures = judge.judge(detector, found)[0]["metrics"]

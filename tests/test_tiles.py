@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from prn_jax import evaluate, experiment, fitting, input_pipeline
+from prn_jax import evaluate, experiment, fitting, input_pipeline, splits
 from prn_jax import mesh as meshes
 from prn_jax import predict as prediction
 from prn_jax.errors import UserError
@@ -232,11 +232,11 @@ def test_tiles_are_the_samples_and_only_marked_ones_of_seen_anomalies():
     config = small_config()
     n, size = 2, GRID.size
     image, mask = drawn(n, *size, 3), np.zeros((n, *size), np.uint8)
-    normal = input_pipeline.Images(image, mask, ["good"] * n, ["train/good/0", "train/good/1"])
+    normal = splits.Images(image, mask, ["good"] * n, ["train/good/0", "train/good/1"])
     marked = mask.copy()
     marked[0, 2, 2] = 1  # in the first place alone
     marked[1, 40, 120] = 1  # where the last column's two tiles overlap
-    seen = input_pipeline.Images(drawn(n, *size, 3, seed=1), marked, ["cut"] * n, ["a", "b"])
+    seen = splits.Images(drawn(n, *size, 3, seed=1), marked, ["cut"] * n, ["a", "b"])
     foreground = np.zeros((n, *size), np.uint8)
     foreground[:, :, :40] = 1
     data = input_pipeline.CategoryData(normal, seen, normal, foreground, True)

@@ -111,6 +111,7 @@ def test_decay_is_of_kernels_alone_and_warm_up_of_at_least_a_step_or_none():
     assert not np.any(updates["conv"]["bias"])
     assert not np.any(updates["norm"]["scale"])
     assert train.create_schedule(config, 4)(0) == pytest.approx(1e-3)
+    assert train.create_schedule(config, 0)(0) == pytest.approx(1e-3)  # nothing is trained
     config.optimizer.warmup = 0.1
     rates = [float(train.create_schedule(config, 4)(i)) for i in range(5)]
     assert rates == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3, 0])

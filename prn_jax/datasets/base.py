@@ -28,12 +28,18 @@ from absl import logging
 from etils import epath
 
 from prn_jax import images
-from prn_jax.datasets import raw, roi
+from prn_jax.datasets import raw, records, roi
 from prn_jax.datasets.layout import GOOD, Example, read_mask
 from prn_jax.errors import UserError, is_plain, shown
+from prn_jax.identity import lock
 
 # A mask that marks more of its image is taken for inverted (MVTec's largest, transistor: 0.494).
 _INVERTED = 0.5
+
+
+# Raised when an image or a mask comes out otherwise than before: TFRecords are then made anew where
+# the raw files are there.
+_READING = 2
 
 
 class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -205,23 +211,40 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           UserError: neither raw files nor TFRecords, or a raw file is wrong.
         """
         builder, source, current = cls.find(category, manual_dir, data_dir)
-        if source is None or builder.fingerprint == current:
+        if source is None or builder._is_of(current):
             return builder
-        if builder.data_path.exists():
-            logging.info("%s/%s: the raw files changed, rewriting", cls.name, category)
-            builder.data_path.rmtree(missing_ok=True)
+        folder = builder.data_path
+        with lock(folder.parent, "preparation", flag="data.data_dir", wait=True) as alone:
+            # Another process may have been first.
             builder = cls.open(category, manual_dir, data_dir)
-        failure = None
-        try:
-            builder.info.metadata.update(category=category, source=os.path.abspath(source))
-            builder._write(manual_dir)
-        except (OSError, RuntimeError) as error:  # TFDS wraps TensorFlow's own
-            failure = str(error).splitlines()[0]
-        # What is there counts: another process that prepares the category may have been first.
-        builder = cls.open(category, manual_dir, data_dir)
-        if builder.fingerprint != current:
-            raise UserError(f"cannot write {shown(builder.data_dir)} (data.data_dir): {failure}")
+            if builder._is_of(current):
+                return builder
+            if alone:
+                records.remove_unfinished(folder.parent)
+            if folder.exists():
+                logging.info("%s/%s: the raw files changed, rewriting", cls.name, category)
+            with records.set_aside(folder):
+                builder = cls.open(category, manual_dir, data_dir)
+                failure = None
+                try:
+                    builder.info.metadata.update(
+                        category=category, source=os.path.abspath(source), reading=_READING
+                    )
+                    builder._write(manual_dir)
+                except (OSError, RuntimeError) as error:  # TFDS wraps TensorFlow's own
+                    failure = str(error).splitlines()[0]
+                # What is there counts: where nothing can be locked, another may have been faster.
+                builder = cls.open(category, manual_dir, data_dir)
+                if not builder._is_of(current):
+                    raise UserError(
+                        f"cannot write {shown(builder.data_dir)} (data.data_dir): {failure}"
+                    )
         return builder
+
+    def _is_of(self, fingerprint: str) -> bool:
+        """Whether the TFRecords are there, made of these files as they are read now."""
+        metadata = self.info.metadata or {}
+        return self.fingerprint == fingerprint and metadata.get("reading") == _READING
 
     @classmethod
     def _source_fingerprint(cls, folder: pathlib.Path) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import pathlib
 import re
 from collections.abc import Iterable
@@ -65,7 +66,8 @@ def list_images(
 def out_of_place(folder: pathlib.Path, known: Iterable[str]) -> list[pathlib.Path]:
     """What lies right in a folder of folders, but those that are known."""
     try:
-        return sorted(x for x in folder.iterdir() if x.name not in known) if folder.is_dir() else []
+        there = folder.iterdir() if os.path.isdir(folder) else ()
+        return sorted(x for x in there if x.name not in known)
     except OSError as error:
         raise UserError(f"{shown(folder)}: cannot be read: {error.strerror}") from error
 

@@ -39,8 +39,8 @@ def main() -> None:
     if not all(seed.strip().isdigit() for seed in SEEDS.value) or not SEEDS.value:
         raise UserError(f"--seeds={','.join(SEEDS.value)}: give numbers, as in --seeds=0,1,2")
     seeds = list(dict.fromkeys(int(seed) for seed in SEEDS.value))
-    config = experiment.checked(CONFIG.value)
-    categories = CATEGORIES.value or experiment.categories(config)
+    config = CONFIG.value
+    categories = CATEGORIES.value or experiment.categories(experiment.checked(config))
     overrides = study.overrides_of(
         sys.argv[1:], lambda name: name == "config" or name.startswith("config.")
     )

@@ -1,4 +1,6 @@
+import contextlib
 import logging
+import pathlib
 import re
 import shutil
 
@@ -7,8 +9,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from prn_jax import datasets
-from prn_jax.datasets import demo
+from prn_jax import datasets, splits
+from prn_jax.datasets import base, demo
 from prn_jax.errors import UserError
 from tests import trees
 
@@ -267,7 +269,7 @@ def test_bad_files_are_named_and_leave_nothing(tmp_path, prepare, spoil):
     with pytest.raises(UserError, match=message) as error:
         prepare("mvtec_ad", "bottle")
     assert "\n" not in str(error.value)
-    assert not list((tmp_path / "records").glob("mvtec_ad/bottle/*"))
+    assert not list((tmp_path / "records").glob("mvtec_ad/bottle/[!.]*"))
     shutil.rmtree(tmp_path / "raw")
     written = trees.make_mvtec(tmp_path / "raw")
     builder = prepare("mvtec_ad", "bottle")
@@ -330,6 +332,9 @@ def test_losing_a_race_uses_the_winners_records(tmp_path, monkeypatch, prepare):
     builder = datasets.BUILDERS["mvtec_ad"]
     write = builder._write
 
+    # On a disk that knows no locks; else they wait for one another.
+    monkeypatch.setattr(base, "lock", lambda *_, **__: contextlib.nullcontext(False))
+
     def write_twice(self, manual_dir):
         monkeypatch.setattr(builder, "_write", write)
         prepare("mvtec_ad", "bottle")  # Another process is faster ...
@@ -337,6 +342,52 @@ def test_losing_a_race_uses_the_winners_records(tmp_path, monkeypatch, prepare):
 
     monkeypatch.setattr(builder, "_write", write_twice)
     assert prepare("mvtec_ad", "bottle").info.splits["test"].num_examples == 7
+
+
+def test_a_rewrite_that_fails_or_is_killed_loses_nothing(tmp_path, monkeypatch, prepare):
+    trees.make_mvtec(tmp_path / "raw")
+    before = prepare("mvtec_ad", "bottle")
+    folder = pathlib.Path(before.data_dir)
+    whole = {x.name: x.read_bytes() for x in folder.iterdir()}
+    trees.save(tmp_path / "raw/bottle/train/good/999.png", trees.draw(0, (20, 20)))
+    builder = datasets.BUILDERS["mvtec_ad"]
+    for error in (OSError("no space"), KeyboardInterrupt(), UserError("cut short")):
+
+        def fail(self, manual_dir, error=error):
+            raise error
+
+        with monkeypatch.context() as context:
+            context.setattr(builder, "_write", fail)
+            with pytest.raises((UserError, KeyboardInterrupt)):
+                prepare("mvtec_ad", "bottle")
+        assert {x.name: x.read_bytes() for x in folder.iterdir()} == whole
+        assert {x.name for x in folder.parent.iterdir()} == {folder.name, ".lock"}
+    # Killed while it wrote: the old ones are aside, the new ones are unfinished.
+    folder.rename(folder.parent / f"before_{folder.name}")
+    (folder.parent / f"incomplete.ABC_{folder.name}").mkdir()
+    assert prepare("mvtec_ad", "bottle").fingerprint != before.fingerprint
+    assert {x.name for x in folder.parent.iterdir()} == {folder.name, ".lock"}
+
+
+def test_records_of_an_earlier_reading_are_made_anew(tmp_path, monkeypatch, prepare):
+    trees.make_mvtec(tmp_path / "raw")
+    monkeypatch.setattr(base, "_READING", 1)
+    old = prepare("mvtec_ad", "bottle")
+    monkeypatch.undo()
+    new = prepare("mvtec_ad", "bottle")
+    assert new.fingerprint == old.fingerprint
+    assert new.info.metadata["reading"] == base._READING != 1
+
+
+def test_records_that_are_cut_short_are_one_line(tmp_path, prepare):
+    trees.make_mvtec(tmp_path / "raw")
+    builder = prepare("mvtec_ad", "bottle")
+    (shard,) = pathlib.Path(builder.data_dir).glob("*train*")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    for _ in range(2):
+        with pytest.raises(UserError, match="TFRecords in .*bottle.* remove that folder"):
+            splits.read_split(prepare("mvtec_ad", "bottle"), "train", (32, 32))
+        shard.unlink(missing_ok=True)
 
 
 def test_terminal_stays_quiet(tmp_path, prepare, capfd):
