@@ -39,7 +39,7 @@ def main() -> None:
         networks.append((detector, calibration.sample(detector, MANUAL_DIR.value)))
         height, width = detector.image_size
         print(f"{number}: {path}: {detector.config.backbone.name}, {height}x{width}")
-        folder = check.run_folder(pathlib.Path(path))
+        folder = check.run_folder(path)
         if (folder / "results.json").exists():  # else a copy of the checkpoints alone
             figures = results.read_run(folder)["metrics"].items()
             shown = (f"{results.COLUMNS[name]} {results.percent(x)}" for name, x in figures)

@@ -65,7 +65,8 @@ case $action in
     # Quoted twice: once for this shell, once for the workers'.
     arguments=$(printf ' %q' "$@")
     on all "cd prn-jax && nohup .venv/bin/python launch/main.py \
-      --workdir='$BUCKET/runs/$NAME' --config.data.data_dir='$BUCKET/tfds' $arguments \
+      --workdir='$BUCKET/runs/$NAME' --config.data.data_dir='$BUCKET/tfds' \
+      --config.data.manual_dir= $arguments \
       >train.log 2>&1 </dev/null &"
     on 0 "tail -F prn-jax/train.log"
     ;;

@@ -253,6 +253,11 @@ def _run_category(
     data = meshes.first_on_main(
         f"loading {config.category}", lambda: input_pipeline.load_category(config, config.category)
     )
+    parts = [data.train.id, data.seen.id, data.held.id, data.test.id]
+    meshes.require_same(
+        f"images of {config.category} (data.manual_dir, data.data_dir)",
+        [data.fingerprint, data.white_level, *parts],
+    )
     logging.info(
         "%s: %d normal and %d seen anomalous images to train, %d normal ones held out, %d to test "
         "(%d of them anomalous)",

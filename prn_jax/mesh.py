@@ -4,10 +4,13 @@ There is one mesh axis, `data`. Images are split along it; parameters, prototype
 are the same on each device. Batch sizes are global: over all devices of all hosts.
 """
 
+import contextlib
+import hashlib
 import importlib.util
 import json
 import os
 import pathlib
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -79,12 +82,16 @@ def initialize(
         first_line = str(error).splitlines()[0]
         mend = "" if coordinator else "; give --coordinator, --num_processes and --process_id"
         raise UserError(f"cannot join the other processes: {first_line}{mend}") from error
+    if jax.process_count() == 1:
+        # JAX has taken SIGTERM, by which several agree on a step: alone, we stop by ourselves.
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _meet(coordinator: str, process_id: int, timeout_s: int) -> None:
     """Makes sure that process 0 listens, for JAX aborts the process where nobody answers."""
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={coordinator}: give host:port")
     address = host.strip("[]"), int(port)
     if process_id == 0:
@@ -249,3 +256,23 @@ def first_on_main(name: str, work: Callable[[], T]) -> T:
     if not agree(problem is None):
         raise problem or UserError(f"{name} failed on process 0, which says why")
     return result if is_main() else work()
+
+
+def require_same(name: str, content: object) -> None:
+    """Makes sure that all processes have the same.
+
+    Args:
+      name: of it, for the message.
+      content: of plain JSON types.
+
+    Raises:
+      UserError: on every process, naming one that has something else than process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    every = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    if len(others := np.flatnonzero((every != every[0]).any(axis=1))):
+        raise UserError(
+            f"process {others[0]} has other {name} than process 0: give all hosts the same"
+        )

@@ -138,9 +138,7 @@ def prepare(output: str | os.PathLike) -> pathlib.Path:
     """
     check_outside(output, "--output")
     folder = pathlib.Path(os.path.expanduser(output))
-    for path in (folder / name for name in tables.FILES):
-        if not tables.is_earlier(folder) and path.is_file() and path.stat().st_size:
-            raise _in_the_way(path)
+    tables.check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "predictions.jsonl").open("a"):
@@ -306,13 +304,7 @@ def _check_free(output: pathlib.Path, names: Iterable[str], asked: Asked) -> Non
         for path in (tables.beside(output / name, x) for x in asked.every_file()):
             is_own = was_here if path.suffix == ".npy" else pictures.is_prediction(path)
             if path.exists() and not is_own:
-                raise _in_the_way(path)
-
-
-def _in_the_way(path: pathlib.Path) -> UserError:
-    return UserError(
-        f"{shown(path)} would be replaced, and no prediction wrote it: give another --output"
-    )
+                raise tables.in_the_way(path)
 
 
 def summary(rows: Sequence[Row], seconds: float, output: pathlib.Path) -> str:

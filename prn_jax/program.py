@@ -1,6 +1,7 @@
 """What every program shares: flags, help, log lines, errors of one line, exit statuses."""
 
 import contextlib
+import errno
 import logging as python_logging
 import os
 import pathlib
@@ -192,6 +193,8 @@ def _explained(error: Exception) -> str | None:
     """What the machine lacks, as one line; None for what is a mistake of ours."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{shown(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: free some, or set TMPDIR to another folder for temporary files"
     if isinstance(error, MemoryError):
         return "the computer's memory does not suffice: give a smaller image_size or fewer images"
     if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):

@@ -1,6 +1,7 @@
 """What a training says while it runs, and how it is asked to stop."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -126,6 +127,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+# JAX stops at a number that it is asked about; categories, whose steps begin anew, share one count.
+_asked = itertools.count(1)
+
+
 class Termination:
     """Notices SIGTERM (preemption, `kill`, a job's time limit) or Ctrl-C; the step is finished.
 
@@ -157,8 +162,8 @@ class Termination:
         if number == signal.SIGINT:  # No print: it may be what was interrupted.
             os.write(2, b"\nsaving after this step; Ctrl-C again stops at once\n")
 
-    def requested(self, step: int) -> bool:
-        """Whether to save and stop after this step; the same on every process."""
+    def requested(self) -> bool:
+        """Whether to save and stop after this step; the same on every process, once for each."""
         if jax.process_count() == 1:
             return self._came
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(next(_asked))

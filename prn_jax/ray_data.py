@@ -83,13 +83,18 @@ def predict_files(
       How many files were predicted now.
 
     Raises:
-      UserError: Ray is not installed, or there is no such checkpoint.
+      UserError: Ray is not installed, there is no such checkpoint, or a path is a bucket's.
     """
     try:
         import ray
     except ImportError as error:
         raise UserError("Ray is not installed: pip install 'prn-jax[ray]'") from error
-    checkpoint, output = (os.path.abspath(os.path.expanduser(x)) for x in (checkpoint, output))
+    for path in (output, *paths):
+        if "://" in os.fspath(path):
+            raise UserError(f"{shown(path)}: give paths of a file system that every worker mounts")
+    checkpoint, output = os.fspath(checkpoint), os.path.abspath(os.path.expanduser(output))
+    if "://" not in checkpoint:
+        checkpoint = os.path.abspath(os.path.expanduser(checkpoint))
     done = _done(output, load(checkpoint).digest)
     files = [os.path.abspath(os.path.expanduser(path)) for path in dict.fromkeys(paths)]
     missing = [path for path in files if done.get(path) != _state(path)]

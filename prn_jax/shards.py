@@ -49,6 +49,16 @@ def folder(output: str | os.PathLike, number: int, count: int) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(output)) / f"part_{number}_of_{count}"
 
 
+def check_free(output: str | os.PathLike) -> None:
+    """Refuses to join tables where others lie.
+
+    Raises:
+      UserError: naming one that no prediction wrote.
+    """
+    whole = pathlib.Path(os.path.expanduser(output))
+    tables.check_free(whole, by_us=any(map(tables.is_earlier, whole.glob("part_*_of_*"))))
+
+
 def join(output: str | os.PathLike, count: int) -> str:
     """Joins the tables if all parts have ended, by the images' paths; says what was done.
 

@@ -192,6 +192,25 @@ def is_earlier(output: pathlib.Path) -> bool:
         return False
 
 
+def check_free(output: pathlib.Path, by_us: bool = False) -> None:
+    """Refuses to replace tables that no prediction wrote, unless it is known that one did.
+
+    Raises:
+      UserError: naming one.
+    """
+    for path in (output / name for name in FILES):
+        ours = by_us or is_earlier(output)
+        if not ours and path.is_file() and path.stat().st_size:
+            raise in_the_way(path)
+
+
+def in_the_way(path: pathlib.Path) -> UserError:
+    """The error of a file that is not ours to replace."""
+    return UserError(
+        f"{shown(path)} would be replaced, and no prediction wrote it: give another --output"
+    )
+
+
 def earlier(output: pathlib.Path, detector: Detector, asked: Asked) -> dict[Key, Row]:
     """Rows that an earlier call wrote and that still hold, by their images' keys."""
     rows: dict[Key, Row] = {}

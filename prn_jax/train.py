@@ -305,7 +305,7 @@ def train(
             for action in actions:
                 action(step)
             is_log_step = step % config.log_every == 0
-            stop = termination.requested(step)
+            stop = termination.requested()
             due = _due(step, config.checkpoint.every_steps)
             if is_log_step and config.checkpoint.every_minutes:
                 late = time.monotonic() - last_save > 60.0 * config.checkpoint.every_minutes

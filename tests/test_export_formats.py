@@ -124,7 +124,8 @@ def test_it_is_calibrated_on_what_training_sees(trained):
     assert images.dtype == np.uint8
 
 
-def test_8_bits_of_onnx_leave_every_look_s_frozen_stages_alone():
+@pytest.mark.parametrize("batch", [1, 3])
+def test_8_bits_of_onnx_leave_every_look_s_frozen_stages_alone(batch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     from prn_jax.export.onnx import _quantised
@@ -142,7 +143,7 @@ def test_8_bits_of_onnx_leave_every_look_s_frozen_stages_alone():
         node("Conv", ["residual", "decoder"], ["map"], "conv of the decoder"),
     ]
     value = onnx.helper.make_tensor_value_info
-    image = value("image", onnx.TensorProto.UINT8, [1, 8, 8, 3])
+    image = value("image", onnx.TensorProto.UINT8, [batch, 8, 8, 3])
     given = [value(x, onnx.TensorProto.FLOAT, None) for x in ("map", "distance")]
     weights = [
         onnx.numpy_helper.from_array(rng.normal(size=(3, 3, 1, 1)).astype("f"), name)
@@ -151,7 +152,7 @@ def test_8_bits_of_onnx_leave_every_look_s_frozen_stages_alone():
     graph = onnx.helper.make_graph(nodes, "looks", [image], given, weights)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
     model.ir_version = 9
-    made = _quantised(model, rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8))
+    made = _quantised(model, rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8), batch)
     restored = {x.output[0] for x in made.graph.node if x.op_type == "DequantizeLinear"}
     convs = [x for x in made.graph.node if x.op_type == "Conv"]
     assert len(convs) == 3

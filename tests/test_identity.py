@@ -267,6 +267,8 @@ def test_a_device_that_is_too_small_is_one_line(text):
     message = program._explained(RuntimeError(text))
     assert "lower batch_size" in message
     assert "\n" not in message
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert program._explained(full).startswith("No space left on device: free some, or set TMPDIR")
     assert program._explained(RuntimeError("a mistake of ours")) is None
 
 

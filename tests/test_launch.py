@@ -71,7 +71,8 @@ def test_a_run_on_tpu_workers_gets_its_arguments_whole(home):
     assert result.returncode == 0, result.stderr
     log = home / "prn-jax/train.log"
     expected = ["launch/main.py", "--workdir=gs://bucket/runs/slice",
-                "--config.data.data_dir=gs://bucket/tfds", *given]  # fmt: skip
+                "--config.data.data_dir=gs://bucket/tfds", "--config.data.manual_dir=",
+                *given]  # fmt: skip
     eventually(lambda: log.exists() and log.read_text().splitlines() == expected)
 
 

@@ -1,11 +1,15 @@
+import contextlib
+import hashlib
+import json
 import random
 import socket
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from prn_jax import mesh
+from prn_jax import mesh, progress
 from prn_jax.errors import UserError
 from tests.processes import execute, finish, start
 
@@ -66,6 +70,7 @@ def meet(before="", **variables):
         (("127.0.0.1:1", 2, 2), "--process_id=2: give 0 to 1"),
         (("127.0.0.1", 2, 0), "--coordinator=127.0.0.1: give host:port"),
         (("localhost:port", 2, 1), "--coordinator=localhost:port: give host:port"),
+        (("localhost:99999", 2, 0), "--coordinator=localhost:99999: give host:port"),
         (("127.0.0.1:1", 2, 1), "127.0.0.1:1 did not answer for 0 s .*that process 0 runs"),
     ],
 )
@@ -73,6 +78,32 @@ def test_joining_a_run_that_is_not_there_is_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         mesh.initialize(*arguments, timeout_s=0)
     assert not jax.distributed.is_initialized()
+
+
+def test_a_host_that_has_something_else_is_named(monkeypatch):
+    mesh.require_same("images", ["alone"])
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for others, message in ((["a", "a"], None), (["a", "b"], "process 2 has other images than")):
+        digests = [hashlib.sha256(json.dumps([x]).encode()).digest() for x in ("a", *others)]
+        gathered = np.stack([np.frombuffer(x, np.uint32) for x in digests])
+        monkeypatch.setattr(mesh.multihost_utils, "process_allgather", lambda _, x=gathered: x)
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            mesh.require_same("images", ["a"])
+
+
+def test_categories_share_one_count_of_steps_to_stop_at(monkeypatch):
+    """JAX stops at a step: one that it was asked about before would never come again."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        progress.multihost_utils, "reached_preemption_sync_point", lambda x: asked.append(x)
+    )
+    for _ in range(2):
+        with progress.Termination() as termination:
+            for _ in range(3):
+                termination.requested()
+    assert asked == sorted(set(asked))
+    assert len(asked) == 6
 
 
 def test_a_port_in_use_is_one_line():

@@ -48,3 +48,12 @@ def test_the_last_part_joins_the_tables(tmp_path):
         assert [row["image"] for row in csv.DictReader(file)] == joined
     shards.begin(shards.folder(tmp_path, 2, 2))
     assert "not 2;" in shards.join(tmp_path, 2)
+
+
+def test_tables_that_no_prediction_wrote_are_not_joined_over(tmp_path):
+    shards.check_free(tmp_path)
+    (tmp_path / "predictions.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"predictions.csv would be replaced"):
+        shards.check_free(tmp_path)
+    write(shards.folder(tmp_path, 1, 2), ["a.png"])
+    shards.check_free(tmp_path)  # an earlier call joined them

@@ -95,9 +95,11 @@ def export(
         (see `check`); nothing is left at `path` that was not there before.
     """
     path = prepare(kind, path, calibration is not None, opset)
-    if not files:
-        raise UserError("no images to compare on")
     runtime, exact = FORMATS[kind], is_exact(kind, calibration is not None)
+    if not exact and not len(split.image):
+        raise check.unjudged(kind)
+    if not files:
+        raise UserError("the training had no test images to compare on: give --images=FOLDER")
     about = _about(detector, kind, input_size, batch_size, calibration is not None)
     made_of = graph.make(
         detector, about, input_size, batch_size, opset, calibration, runtime.GROUPED_CONVS

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from prn_jax import images, metrics, results
 from prn_jax.errors import UserError, shown, shown_first
@@ -169,17 +170,18 @@ def read_folder(folder: pathlib.Path, given: Size, white: int) -> list[bytes]:
     return found
 
 
-def run_folder(checkpoint: pathlib.Path) -> pathlib.Path:
+def run_folder(checkpoint: str | os.PathLike) -> epath.Path:
     """`<workdir>/<category>` of a checkpoint that is given by it or by `checkpoints` in it."""
-    folder = pathlib.Path(os.path.expanduser(checkpoint)).resolve()
+    text = os.fspath(checkpoint)
+    folder = epath.Path(text if "://" in text else os.path.realpath(os.path.expanduser(text)))
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-def read_run(folder: pathlib.Path) -> TestSplit:
+def read_run(folder: str | os.PathLike) -> TestSplit:
     """The test images of a training.
 
     Args:
-      folder: `<workdir>/<category>`, or `checkpoints` in it.
+      folder: `<workdir>/<category>`, or `checkpoints` in it; local or of a bucket.
 
     Raises:
       UserError: the run has none.
@@ -229,7 +231,8 @@ def run(kind: str, runtime: ModuleType, path: pathlib.Path, files: Sequence[byte
         result = subprocess.run(
             [sys.executable, "-c", code, str(path.resolve()), str(given), str(found), str(batch)],
             cwd=folder,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": ""},
+            env=os.environ
+            | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
         )
@@ -288,16 +291,21 @@ def judge(
     before, after = split.figures(expected), split.figures(found)
     figures = {k: (v, after[k]) for k, v in before.items() if v is not None}
     if not figures:
-        raise UserError(
-            f"the {kind} export is rounded, and is judged on the test split, which lacks normal or "
-            "anomalous images: take a format that is exact, or leave out --int8"
-        )
+        raise unjudged(kind)
     if any(old - new > MOST_LOST for old, new in figures.values()):
         raise UserError(
             f"the {kind} export loses more than {100 * MOST_LOST:.1f} points: "
             f"{describe(figures)}: nothing was written"
         )
     return figures
+
+
+def unjudged(kind: str) -> UserError:
+    """The error of a rounded export that nothing can be said of."""
+    return UserError(
+        f"the {kind} export is rounded, and is judged on the test split, which lacks normal or "
+        "anomalous images: take a format that is exact, or leave out --int8"
+    )
 
 
 def describe(figures: dict[str, tuple[float, float]]) -> str:

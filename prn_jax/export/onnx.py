@@ -39,7 +39,7 @@ def write(graph: Graph, path: pathlib.Path, alone: pathlib.Path | None = None) -
 
     model = _convert(graph, graph.compute, graph.size, OUTPUTS)
     if graph.calibration is not None:
-        model = _quantised(model, graph.calibration)
+        model = _quantised(model, graph.calibration, graph.batch or 1)
     if alone:
         onnx.save(model, str(alone))
     if graph.given != graph.size:
@@ -70,7 +70,22 @@ def _convert(graph: Graph, function, size, outputs):
             raise UserError(f"--opset={graph.opset}: jax2onnx cannot write it: {reason}") from error
     # Shapes between nodes are those before jax2onnx moved the channels: runtimes find their own.
     del model.graph.value_info[:]
+    if graph.opset is not None:
+        _require_valid(model, graph.opset)
     return model
+
+
+def _require_valid(model, opset: int) -> None:
+    """Refuses what jax2onnx has written of operators that the opset does not have so."""
+    import onnxruntime
+
+    try:
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a type for each reason
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--opset={opset}: onnxruntime does not take it: {reason}; give a higher one"
+        ) from error
 
 
 def _after(first, second):
@@ -92,7 +107,7 @@ def _after(first, second):
     return merged
 
 
-def _quantised(model, images: np.ndarray):
+def _quantised(model, images: np.ndarray, batch: int):
     """8-bit convolutions, in QDQ form, per channel; everything else stays float32.
 
     So do the frozen stages: a residual is a small difference of features, and 8 bits of them cost
@@ -107,7 +122,8 @@ def _quantised(model, images: np.ndarray):
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
-            self._left = iter(images[i : i + 1] for i in range(len(images)))
+            count = -(-len(images) // batch)  # the last one is filled up by the first images
+            self._left = iter(np.resize(images, (count, batch, *images.shape[1:])))
 
         def get_next(self):
             image = next(self._left, None)

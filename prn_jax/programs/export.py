@@ -37,17 +37,21 @@ flags.mark_flags_as_required(["checkpoint", "output"])
 
 def main() -> None:
     """Exports and compares."""
+    import jax
+
+    # In float32 as it is written: accelerators compute in bfloat16, or round what they multiply.
+    jax.config.update("jax_platforms", "cpu")
     from prn_jax import export, predict
     from prn_jax.errors import shown
     from prn_jax.export import calibration, check
 
-    kind, int8, run = FORMAT.value, INT8.value, pathlib.Path(CHECKPOINT.value)
+    kind, int8 = FORMAT.value, INT8.value
     export.prepare(kind, OUTPUT.value, int8, OPSET.value)
     detector = predict.load(CHECKPOINT.value, STEP.value)
     size = _size(INPUT_SIZE.value) or detector.image_size
     split = None
     if not IMAGES.value or not export.is_exact(kind, int8):
-        split = check.read_run(run)
+        split = check.read_run(CHECKPOINT.value)
     if IMAGES.value:
         folder = pathlib.Path(os.path.expanduser(IMAGES.value))
         files = check.read_folder(folder, size, detector.white_level)

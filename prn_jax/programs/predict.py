@@ -43,8 +43,8 @@ def main(patterns: list[str]) -> None:
     folder = OUTPUT.value
     if SHARD.value:
         number, count = shards.parse(SHARD.value)
+        shards.check_free(folder)
         names, folder = shards.select(names, number, count), shards.folder(folder, number, count)
-        shards.begin(folder)
     output = predictions.prepare(folder)
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)
@@ -54,6 +54,8 @@ def main(patterns: list[str]) -> None:
     )
     began = time.monotonic()
     with lock(output, "prediction", flag="--output"):
+        if SHARD.value:
+            shards.begin(output)
         rows = predictions.predict_files(
             detector, names, output, asked, normals=normals, batch_size=BATCH_SIZE.value
         )
