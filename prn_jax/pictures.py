@@ -1,6 +1,7 @@
 """Pictures one would rather look at than read about: contact sheets, outlines, heat maps."""
 
 import io
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -66,7 +67,10 @@ def contact_sheet(rows: Sequence[Row], cell: int = 160) -> Image.Image:
     font, small = ImageFont.load_default(16), ImageFont.load_default(12)
     gap, title_height = 8, 26
     sizes = [_fit(image.shape[:2], cell) for _, cells in rows for image, _ in cells]
-    wide = max((w for _, w in sizes), default=cell)
+    captions = [line for _, cells in rows for _, c in cells for line in c.split("\n")]
+    # Beside narrow images there is room for what is below them.
+    needed = min(cell, math.ceil(max(map(small.getlength, captions), default=0)))
+    wide = max(needed, max((w for _, w in sizes), default=cell))
     lines = max((c.count("\n") + 1 for _, cells in rows for _, c in cells if c), default=0)
     heights = [
         title_height + max((_fit(i.shape[:2], cell)[0] for i, _ in cells), default=0)
@@ -74,7 +78,8 @@ def contact_sheet(rows: Sequence[Row], cell: int = 160) -> Image.Image:
         for _, cells in rows
     ]  # fmt: skip
     columns = max((len(cells) for _, cells in rows), default=1)
-    size = (max(320, columns * (wide + gap) + gap), sum(heights) + gap)
+    titles = math.ceil(max((font.getlength(title) for title, _ in rows), default=0))
+    size = (max(320, columns * (wide + gap) + gap, titles + 2 * gap), sum(heights) + gap)
     sheet = Image.new("RGB", size, _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     top = gap
@@ -86,7 +91,9 @@ def contact_sheet(rows: Sequence[Row], cell: int = 160) -> Image.Image:
             picture = Image.fromarray(image).resize((broad, high), Image.Resampling.BICUBIC)
             sheet.paste(picture, (left, upper))
             for i, line in enumerate(caption.split("\n")):
-                draw.text((left, upper + high + 2 + 15 * i), line[: wide // 6], _TEXT, small)
+                while small.getlength(line) > wide:
+                    line = line[:-1]
+                draw.text((left, upper + high + 2 + 15 * i), line, _TEXT, small)
         top += height
     return sheet
 

@@ -58,3 +58,22 @@ def test_a_picture_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*x.png"):
         pictures.save_png(tmp_path / "file" / "x.png", Image.new("RGB", (4, 4)))
+
+
+def test_what_is_below_a_narrow_image_is_whole(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        pictures.ImageDraw.ImageDraw,
+        "text",
+        lambda _, place, text, *__: drawn.append((*place, text)),
+    )
+    cells = [
+        (np.zeros((160, 20, 3), np.uint8), "score 0.123"),
+        (np.zeros((160, 20, 3), np.uint8), "b"),
+    ]
+    title = "a defect with a long name: the lowest scores of 18"
+    sheet = pictures.contact_sheet([(title, cells)])
+    assert [text for *_, text in drawn] == [title, "score 0.123", "b"]
+    (_, _, _), (first, _, _), (second, _, _) = drawn
+    assert second - first >= pictures.ImageFont.load_default(12).getlength("score 0.123")
+    assert sheet.width >= pictures.ImageFont.load_default(16).getlength(title)
