@@ -138,9 +138,11 @@ class Checkpoints:
         try:
             yield
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{shown(self.folder / str(step))} is damaged or not complete: copy it once more, "
-                "or remove this folder, and the checkpoint before it counts"
+                f"{shown(self.folder / str(step))} cannot be read ({reason}): where it is damaged "
+                "or not complete, copy it once more, or remove this folder, and the checkpoint "
+                "before it counts"
             ) from error
 
     def num_prototypes(self) -> int | None:

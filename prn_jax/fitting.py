@@ -60,7 +60,7 @@ def fit_prototypes(
     result["whole"] = meshes.replicate(mesh, whole)
     if not model.trained:
         stored = {"prototypes": variables.get("prototypes", {}) | result}
-        maps, *_ = predict(model, variables | stored, some, mesh, config.eval_batch_size)
+        maps, *_ = predict(model, variables | stored, some, mesh, batch_size=config.eval_batch_size)
         # With 1 for the reference the map is d / (d + 1).
         highest = np.max(maps, axis=(1, 2)).astype(np.float64)
         reference = np.mean(highest / (1.0 - highest))

@@ -186,6 +186,7 @@ def predict_files(
     if rows:
         logging.info("%d of %d images were done before", len(rows), len(names))
     missing = [path for path in names if path not in rows]
+    files = {(key, row["pictures"]): row.get("files", []) for key, row in done.items()}
     with_files = bool(asked.pictures or asked.maps or asked.explain)
     if with_files:  # Whose files are overwritten now is done again when it is asked for.
         taken = {names[path] for path in missing}
@@ -213,6 +214,7 @@ def predict_files(
                     one = next(found)
                     name = names[path] if with_files else ""
                     rows[path], mask = tables.make(path, one, name, asked)
+                    rows[path]["files"] += files.get((tables.key(path), name), [])
                     seen = _Seen(output / names[path], image, one, mask)
                     jobs.append(pool.submit(_write_files, seen, asked))
                     if asked.explain and asked.alarms(rows[path]):
@@ -303,7 +305,7 @@ def _check_free(output: pathlib.Path, names: Iterable[str], asked: Asked) -> Non
     for name in names:
         for path in (tables.beside(output / name, x) for x in asked.every_file()):
             is_own = was_here if path.suffix == ".npy" else pictures.is_prediction(path)
-            if path.exists() and not is_own:
+            if path.exists() and path.stat().st_size and not is_own:
                 raise tables.in_the_way(path)
 
 

@@ -127,8 +127,6 @@ def is_run(folder: epath.Path) -> bool:
     path = folder / "results.json"
     try:
         return path.exists() and "category" in json.loads(path.read_text())
-    except PermissionError:
-        return False  # a folder that may not be entered, as a disk's lost+found
     except (ValueError, TypeError, OSError):
         return True
 

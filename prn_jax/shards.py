@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
 
 from prn_jax import results, tables
 from prn_jax.errors import UserError, shown
@@ -49,16 +48,6 @@ def folder(output: str | os.PathLike, number: int, count: int) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(output)) / f"part_{number}_of_{count}"
 
 
-def check_free(output: str | os.PathLike) -> None:
-    """Refuses to join tables where others lie.
-
-    Raises:
-      UserError: naming one that no prediction wrote.
-    """
-    whole = pathlib.Path(os.path.expanduser(output))
-    tables.check_free(whole, by_us=any(map(tables.is_earlier, whole.glob("part_*_of_*"))))
-
-
 def join(output: str | os.PathLike, count: int) -> str:
     """Joins the tables if all parts have ended, by the images' paths; says what was done.
 
@@ -80,6 +69,7 @@ def join(output: str | os.PathLike, count: int) -> str:
     rows.sort(key=lambda row: row["image"])
     results.write_file(output / "predictions.json", json.dumps(rows, indent=2) + "\n")
     results.write_file(output / "predictions.csv", tables.as_csv(rows))
+    results.write_file(output / "predictions.jsonl", _made_by(folders[0]))  # whose they are
     return f"all {count} parts are done: {shown(output / 'predictions.csv')}"
 
 
@@ -92,7 +82,7 @@ def begin(part: pathlib.Path) -> None:
     (part / "predictions.json").unlink(missing_ok=True)
 
 
-def _made_by(part: pathlib.Path) -> Any:
+def _made_by(part: pathlib.Path) -> str:
     """The first line of what a next call reads: the checkpoint's."""
     with (part / "predictions.jsonl").open() as file:
         return file.readline()

@@ -7,15 +7,17 @@ import io
 import itertools
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
 from prn_jax import disk, images
 from prn_jax.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from prn_jax.datasets.base import AnomalyBuilder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ def _say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, int]) -> Images:
+def read_split(builder: "AnomalyBuilder", split: str, size: tuple[int, int]) -> Images:
     """Decodes and resizes a split as prediction does, by `images`, several images at a time."""
     count = builder.info.splits[split].num_examples if split in builder.info.splits else 0
     image, mask = disk.zeros((count, *size, 3), np.uint8), disk.zeros((count, *size), np.uint8)
@@ -112,6 +114,10 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str, size: tuple[int, i
 
 def _over_records(builder, split, read):
     """What `read` makes of each numbered record of a split, in order; several at a time."""
+    # Only here: who judges or remembers images that were read needs no TensorFlow.
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
     found = []
     try:
         records = enumerate(
@@ -127,8 +133,8 @@ def _over_records(builder, split, read):
                 found.extend(pool.map(lambda numbered: read(*numbered), some))
     except tf.errors.OpError as error:
         raise UserError(
-            f"the TFRecords in {shown(builder.data_dir)} are damaged or not complete: remove that "
-            "folder, and they are made anew of the raw files"
+            f"the TFRecords in {shown(builder.data_dir)} cannot be read ({error.message}): where "
+            "they are damaged, remove that folder, and they are made anew of the raw files"
         ) from error
     return found
 

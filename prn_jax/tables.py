@@ -90,14 +90,15 @@ def key(path: pathlib.Path) -> Key | None:
 
 
 def holds(row: Row, output: pathlib.Path, name: str, asked: Asked) -> bool:
-    """Whether its call wrote all files that are asked for, under the name that they are to have.
+    """Whether all files that are asked for are there, under the name that they are to have.
 
-    A file that is there and not among them may be an earlier checkpoint's.
+    A file that no call with this checkpoint wrote may be an earlier one's. Rows of an earlier
+    version do not say which were written.
     """
     endings = asked.files(row)
     return not endings or (
         row["pictures"] == name
-        and set(endings) <= set(row.get("files", ()))
+        and set(endings) <= set(row.get("files", endings))
         and all(beside(output / name, x).exists() for x in endings)
     )
 
@@ -192,15 +193,16 @@ def is_earlier(output: pathlib.Path) -> bool:
         return False
 
 
-def check_free(output: pathlib.Path, by_us: bool = False) -> None:
-    """Refuses to replace tables that no prediction wrote, unless it is known that one did.
+def check_free(output: pathlib.Path) -> None:
+    """Refuses to replace tables that no prediction wrote, as a whole or in parts.
 
     Raises:
       UserError: naming one.
     """
+    if any(map(is_earlier, (output, *output.glob("part_*_of_*")))):
+        return
     for path in (output / name for name in FILES):
-        ours = by_us or is_earlier(output)
-        if not ours and path.is_file() and path.stat().st_size:
+        if path.is_file() and path.stat().st_size:
             raise in_the_way(path)
 
 

@@ -307,12 +307,18 @@ def test_what_no_prediction_wrote_is_never_replaced(folder, tmp_path):
         with pytest.raises(UserError, match=rf"{name} would be replaced"):
             predictions.prepare(output)
         assert [x.name for x in output.iterdir()] == [name]
+    # An empty file is what a power cut leaves.
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "3_heat.png").write_bytes(b"")
     # What an earlier one wrote is, of another checkpoint's too.
     for digest in ("one", "two"):
         for maps in ("tiff", "npy"):
             stub = Stub(digest=digest)
             predict(folder, tmp_path / "again", stub, maps=maps, pixel_threshold=0.5)
             assert stub.calls == 10
+        for maps in ("tiff", "npy"):  # both are there now
+            predict(folder, tmp_path / "again", stub, maps=maps, pixel_threshold=0.5)
+        assert stub.calls == 10
 
 
 def test_a_name_that_begins_with_a_tilde_is_a_name(folder, tmp_path, monkeypatch):

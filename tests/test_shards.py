@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -51,9 +52,11 @@ def test_the_last_part_joins_the_tables(tmp_path):
 
 
 def test_tables_that_no_prediction_wrote_are_not_joined_over(tmp_path):
-    shards.check_free(tmp_path)
     (tmp_path / "predictions.csv").write_text("mine")
     with pytest.raises(UserError, match=r"predictions.csv would be replaced"):
-        shards.check_free(tmp_path)
-    write(shards.folder(tmp_path, 1, 2), ["a.png"])
-    shards.check_free(tmp_path)  # an earlier call joined them
+        tables.check_free(tmp_path)
+    write(shards.folder(tmp_path, 1, 1), ["a.png"])
+    tables.check_free(tmp_path)  # an earlier version joined them, and left no more
+    assert "all 1 parts are done" in shards.join(tmp_path, 1)
+    shutil.rmtree(shards.folder(tmp_path, 1, 1))
+    tables.check_free(tmp_path)

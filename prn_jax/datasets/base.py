@@ -188,8 +188,15 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
         builder = cls.open(category, manual_dir, data_dir)
         source = cls.sources(manual_dir).get(category)
+        closed = cls._category_folder(pathlib.Path(os.path.expanduser(manual_dir)), category)
+        if source is None and os.path.isdir(closed) and not os.access(closed, os.R_OK | os.X_OK):
+            raise UserError(f"{shown(closed)} (data.manual_dir) may not be read: Permission denied")
         if source is not None:
             return builder, source, cls._source_fingerprint(source)
+        if builder.fingerprint is None and records.are_aside(builder.data_path):
+            with lock(builder.data_path.parent, "preparation", flag="data.data_dir", wait=True):
+                records.bring_back(builder.data_path)
+            builder = cls.open(category, manual_dir, data_dir)
         if builder.fingerprint is None:
             raise cls._missing(manual_dir, category)
         _say_once(
@@ -213,7 +220,21 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         builder, source, current = cls.find(category, manual_dir, data_dir)
         if source is None or builder._is_of(current):
             return builder
-        folder = builder.data_path
+        try:
+            return cls._rewrite(category, source, current, manual_dir, data_dir)
+        except UserError as error:
+            if builder.fingerprint != current:
+                raise
+            logging.warning(
+                "%s/%s: the TFRecords are of an earlier version, which read some types of files "
+                "otherwise, and are used as they are: %s", cls.name, category, error,
+            )  # fmt: skip
+            return builder
+
+    @classmethod
+    def _rewrite(cls, category, source, current, manual_dir, data_dir) -> "AnomalyBuilder":
+        """Writes the TFRecords of raw files whose fingerprint is `current`, see `prepare`."""
+        folder = cls.open(category, manual_dir, data_dir).data_path
         with lock(folder.parent, "preparation", flag="data.data_dir", wait=True) as alone:
             # Another process may have been first.
             builder = cls.open(category, manual_dir, data_dir)
@@ -221,8 +242,10 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 return builder
             if alone:
                 records.remove_unfinished(folder.parent)
-            if folder.exists():
-                logging.info("%s/%s: the raw files changed, rewriting", cls.name, category)
+            if builder.fingerprint is not None:
+                same = builder.fingerprint == current
+                why = "an earlier version made the TFRecords" if same else "the raw files changed"
+                logging.info("%s/%s: %s, rewriting", cls.name, category, why)
             with records.set_aside(folder):
                 builder = cls.open(category, manual_dir, data_dir)
                 failure = None
@@ -402,18 +425,8 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for what, paths in self._report.items():
             logging.warning("%s: %s: %s", self._title, what, raw.some(paths))
         official = self.counts.get(self.category)
-        if official is not None:
-            kinds = ("train normal", "train defective", "test normal", "test defective")
-            counted = dict.fromkeys(kinds, 0)
-            for (split, defect), n in self._written.items():
-                counted[f"{split} {'normal' if defect == GOOD else 'defective'}"] += n
-            differ = [
-                f"{counted[kind]} {kind} images (officially {n})"
-                for kind, n in zip(kinds, official, strict=True)
-                if counted[kind] != n
-            ]
-            if differ:
-                logging.warning("%s: incomplete or changed: %s", self._title, ", ".join(differ))
+        if official and (differ := raw.differing(self._written, official)):
+            logging.warning("%s: incomplete or changed: %s", self._title, ", ".join(differ))
 
 
 def _say_skipped(title: str, stray: list[pathlib.Path]) -> None:

@@ -3,10 +3,10 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prn_jax.datasets import roi
-from prn_jax.datasets.layout import Example
+from prn_jax.datasets.layout import GOOD, Example
 from prn_jax.errors import UserError, shown, shown_first
 
 _TAIL = 4096  # bytes
@@ -52,3 +52,21 @@ def refuse(wrong: list[tuple[pathlib.Path, str]]) -> None:
 def some(paths: Sequence[pathlib.Path]) -> str:
     """Their number, and the names of the first."""
     return f"{len(paths)} file{'s' if len(paths) > 1 else ''}: {shown_first(paths)}"
+
+
+def differing(written: Mapping[tuple[str, str], int], official: Sequence[int]) -> list[str]:
+    """Where the numbers of images are not the official ones.
+
+    Args:
+      written: images by split and defect.
+      official: normal and defective ones to train on, then to test on.
+    """
+    kinds = ("train normal", "train defective", "test normal", "test defective")
+    counted = dict.fromkeys(kinds, 0)
+    for (split, defect), n in written.items():
+        counted[f"{split} {'normal' if defect == GOOD else 'defective'}"] += n
+    return [
+        f"{counted[kind]} {kind} images (officially {n})"
+        for kind, n in zip(kinds, official, strict=True)
+        if counted[kind] != n
+    ]

@@ -13,12 +13,26 @@ def remove_unfinished(folder: epath.Path) -> None:
             path.rmtree(missing_ok=True)
 
 
+def _aside(folder: epath.Path) -> epath.Path:
+    return folder.parent / f"before_{folder.name}"
+
+
+def are_aside(folder: epath.Path) -> bool:
+    """Whether a process was killed, or is at work, that has set TFRecords aside."""
+    return _aside(folder).exists()
+
+
+def bring_back(folder: epath.Path) -> None:
+    """Brings TFRecords back that were set aside, where there are no others."""
+    if not folder.exists() and _aside(folder).exists():
+        _aside(folder).rename(folder)
+
+
 @contextlib.contextmanager
 def set_aside(folder: epath.Path) -> Iterator[None]:
     """TFRecords give way to those that are written within; where that fails they come back."""
-    aside = folder.parent / f"before_{folder.name}"
-    if not folder.exists() and aside.exists():  # of a process that was killed
-        aside.rename(folder)
+    bring_back(folder)
+    aside = _aside(folder)
     aside.rmtree(missing_ok=True)
     if folder.exists():
         folder.rename(aside)
@@ -27,5 +41,4 @@ def set_aside(folder: epath.Path) -> Iterator[None]:
     finally:
         if folder.exists():
             aside.rmtree(missing_ok=True)
-        elif aside.exists():
-            aside.rename(folder)
+        bring_back(folder)

@@ -8,6 +8,8 @@ size. Rows are written as they come; the same command goes on with what is missi
 cannot be read is reported, skipped, and makes the exit status 1.
 """
 
+import os
+import pathlib
 import sys
 import time
 
@@ -36,14 +38,14 @@ flags.mark_flags_as_required(["checkpoint"])
 
 def main(patterns: list[str]) -> None:
     """Predicts, and says what was found."""
-    from prn_jax import explain, mesh, predict, predictions, shards
+    from prn_jax import explain, mesh, predict, predictions, shards, tables
     from prn_jax.identity import lock
 
     names = predictions.find(patterns)
     folder = OUTPUT.value
     if SHARD.value:
         number, count = shards.parse(SHARD.value)
-        shards.check_free(folder)
+        tables.check_free(pathlib.Path(os.path.expanduser(folder)))
         names, folder = shards.select(names, number, count), shards.folder(folder, number, count)
     output = predictions.prepare(folder)
     mesh.cache_compilations()

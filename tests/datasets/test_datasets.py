@@ -367,6 +367,10 @@ def test_a_rewrite_that_fails_or_is_killed_loses_nothing(tmp_path, monkeypatch, 
     (folder.parent / f"incomplete.ABC_{folder.name}").mkdir()
     assert prepare("mvtec_ad", "bottle").fingerprint != before.fingerprint
     assert {x.name for x in folder.parent.iterdir()} == {folder.name, ".lock"}
+    # Where the raw files are gone since, what was set aside is all there is.
+    folder.rename(folder.parent / f"before_{folder.name}")
+    shutil.rmtree(tmp_path / "raw")
+    assert prepare("mvtec_ad", "bottle").info.splits["test"].num_examples == 7
 
 
 def test_records_of_an_earlier_reading_are_made_anew(tmp_path, monkeypatch, prepare):
@@ -374,6 +378,13 @@ def test_records_of_an_earlier_reading_are_made_anew(tmp_path, monkeypatch, prep
     monkeypatch.setattr(base, "_READING", 1)
     old = prepare("mvtec_ad", "bottle")
     monkeypatch.undo()
+    with monkeypatch.context() as context:  # a folder that is shared read-only
+
+        def refuse(*_, **__):
+            raise UserError("cannot write to it")
+
+        context.setattr(base, "lock", refuse)
+        assert prepare("mvtec_ad", "bottle").info.metadata["reading"] == 1
     new = prepare("mvtec_ad", "bottle")
     assert new.fingerprint == old.fingerprint
     assert new.info.metadata["reading"] == base._READING != 1
@@ -385,7 +396,9 @@ def test_records_that_are_cut_short_are_one_line(tmp_path, prepare):
     (shard,) = pathlib.Path(builder.data_dir).glob("*train*")
     shard.write_bytes(shard.read_bytes()[:-100])
     for _ in range(2):
-        with pytest.raises(UserError, match="TFRecords in .*bottle.* remove that folder"):
+        with pytest.raises(
+            UserError, match=r"TFRecords in .*bottle.* cannot be read \(.*remove that folder"
+        ):
             splits.read_split(prepare("mvtec_ad", "bottle"), "train", (32, 32))
         shard.unlink(missing_ok=True)
 
