@@ -230,7 +230,8 @@ def _charts(folder: epath.Path, run: Run, stored: dict[str, np.ndarray], maps: n
     lines = [] if pro is None else [("pixels", *pro)]
     limit = metrics.PRO_FPR_LIMIT
     charts.append(_chart("PRO", lines, "false positive rate", "overlap", (0, limit), (0, 1)))
-    charts.append(_training(folder))
+    if run["steps"]:  # else nothing was trained
+        charts.append(_training(folder))
     return "".join(charts)
 
 
