@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from prn_jax import mesh as meshes
-from prn_jax.errors import UserError, is_plain, shown
+from prn_jax.errors import UserError, first_line, is_plain, shown
 from prn_jax.identity import Identity
 
 Tree = Any
@@ -138,11 +138,10 @@ class Checkpoints:
         try:
             yield
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{shown(self.folder / str(step))} cannot be read ({reason}): where it is damaged "
-                "or not complete, copy it once more, or remove this folder, and the checkpoint "
-                "before it counts"
+                f"{shown(self.folder / str(step))} cannot be read ({first_line(error)}): where it "
+                "is damaged or not complete, copy it once more, or remove this folder, and the "
+                "checkpoint before it counts"
             ) from error
 
     def num_prototypes(self) -> int | None:

@@ -36,6 +36,11 @@ def shown_first(paths: Sequence[str | os.PathLike], most: int = 5) -> str:
     return ", ".join(map(shown, paths[:most])) + (", ..." if len(paths) > most else "")
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says first; its type, where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def is_plain(name: str) -> bool:
     """Whether every library and table takes a name as it is: UTF-8 text, in one line."""
     return not any(c == "\\" or c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in name)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost
 
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, first_line
 
 Tree = Any
 T = TypeVar("T")
@@ -79,9 +79,8 @@ def initialize(
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and not any(given) and not launched:
             return  # JAX finds no cluster: a TPU outside Google's machines, in a notebook say
-        first_line = str(error).splitlines()[0]
         mend = "" if coordinator else "; give --coordinator, --num_processes and --process_id"
-        raise UserError(f"cannot join the other processes: {first_line}{mend}") from error
+        raise UserError(f"cannot join the other processes: {first_line(error)}{mend}") from error
     if jax.process_count() == 1:
         # JAX has taken SIGTERM, by which several agree on a step: alone, we stop by ourselves.
         with contextlib.suppress(ValueError):  # not the main thread

@@ -30,7 +30,7 @@ from etils import epath
 from prn_jax import images
 from prn_jax.datasets import raw, records, roi
 from prn_jax.datasets.layout import GOOD, Example, read_mask
-from prn_jax.errors import UserError, is_plain, shown
+from prn_jax.errors import UserError, first_line, is_plain, shown
 from prn_jax.identity import lock
 
 # A mask that marks more of its image is taken for inverted (MVTec's largest, transistor: 0.494).
@@ -255,7 +255,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     )
                     builder._write(manual_dir)
                 except (OSError, RuntimeError) as error:  # TFDS wraps TensorFlow's own
-                    failure = str(error).splitlines()[0]
+                    failure = first_line(error)
                 # What is there counts: where nothing can be locked, another may have been faster.
                 builder = cls.open(category, manual_dir, data_dir)
                 if not builder._is_of(current):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, first_line
 from prn_jax.export.graph import OUTPUTS, Graph
 
 NEEDS = ("jax2onnx", "onnxruntime")
@@ -66,8 +66,9 @@ def _convert(graph: Graph, function, size, outputs):
         except (NotImplementedError, ValueError) as error:
             if graph.opset is None:
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--opset={graph.opset}: jax2onnx cannot write it: {reason}") from error
+            raise UserError(
+                f"--opset={graph.opset}: jax2onnx cannot write it: {first_line(error)}"
+            ) from error
     # Shapes between nodes are those before jax2onnx moved the channels: runtimes find their own.
     del model.graph.value_info[:]
     if graph.opset is not None:
@@ -82,9 +83,8 @@ def _require_valid(model, opset: int) -> None:
     try:
         onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a type for each reason
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--opset={opset}: onnxruntime does not take it: {reason}; give a higher one"
+            f"--opset={opset}: onnxruntime does not take it: {first_line(error)}; give a higher one"
         ) from error
 
 

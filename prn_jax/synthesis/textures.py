@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from prn_jax import images
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, first_line, shown
 
 # scikit-image's photographs that its package contains.
 _PHOTOGRAPHS = (
@@ -88,10 +88,9 @@ def _from_tfds(size: tuple[int, int], limit: int, data_dir: str) -> np.ndarray:
         builder.download_and_prepare()
         split = builder.as_dataset(split="train", shuffle_files=False)
     except Exception as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"synthesis.textures=dtd cannot be prepared by TFDS under {data_dir} ({first_line}): "
-            "give the folder of an unpacked DTD instead"
+            f"synthesis.textures=dtd cannot be prepared by TFDS under {data_dir} "
+            f"({first_line(error)}): give the folder of an unpacked DTD instead"
         ) from error
     kept = set(spread(int(builder.info.splits["train"].num_examples), limit))
     return np.stack([
