@@ -185,6 +185,21 @@ def pro_curve(ranking: Ranking, points: int | None = None) -> Points | None:
     return _thin(ranking.fp / ranking.negatives, ranking.overlap, points)
 
 
+def judgeable(labels: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Of which images the pixels can be judged: of normal ones, and where a mask marks some.
+
+    A defect without a mask, or with one of which nothing is left, marks none.
+
+    Args:
+      labels: 0 for normal, else anomalous, [n].
+      masks: 0 for a normal pixel, else anomalous, [n, ...].
+
+    Returns:
+      bool [n].
+    """
+    return (np.asarray(labels) == 0) | np.array([mask.any() for mask in masks], bool)
+
+
 def evaluate_rankings(images: Ranking, pixels: Ranking) -> dict[str, float | None]:
     """All figures of one category.
 

@@ -204,7 +204,7 @@ def _charts(folder: epath.Path, run: Run, stored: dict[str, np.ndarray], maps: n
     scores = np.array([entry["score"] for entry in run["test"]])
     labels = np.array([entry["defect"] != "good" for entry in run["test"]])
     mask = stored["mask"]
-    known = ~labels | mask.any(axis=(1, 2))
+    known = metrics.judgeable(labels, mask)
     charts = [_histogram(scores, labels)]
     rankings = [
         ("images", metrics.rank_images(scores, labels)),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from prn_jax import disk, images
 from prn_jax.errors import UserError, shown
+from prn_jax.metrics import judgeable
 
 if TYPE_CHECKING:
     from prn_jax.datasets.base import AnomalyBuilder
@@ -46,12 +47,8 @@ class Images:
 
     @functools.cached_property
     def has_mask(self) -> np.ndarray:
-        """Whether the pixels can be judged, bool [n]: of normal images, and where some are marked.
-
-        A defect without a mask, or with one of which nothing is left, marks none.
-        """
-        marked = (mask.any() for mask in self.mask)
-        return np.array([x or not anomalous for x, anomalous in zip(marked, self.label)], bool)
+        """Whether the pixels can be judged, bool [n], see `metrics.judgeable`."""
+        return judgeable(self.label, self.mask)
 
     def select(self, chosen: Sequence[bool]) -> "Images":
         """Those whose entry is true."""

@@ -62,12 +62,11 @@ def choose(
     """
     normal = np.asarray(labels) == 0
     held_maps, held_scores = held or (maps[:0], scores[:0])
-    marked = np.array([mask.any() for mask in masks], bool)
-    usable = normal | marked
+    usable = metrics.judgeable(labels, masks)
     image = pixel = None
     if len(scores) and 0 < normal.sum() < len(scores):
         image = _by_f1(scores, ~normal, len(scores))
-    if marked[usable].any() and not masks[usable].all():
+    if masks.any() and not masks[usable].all():
         some_maps, some_masks = (disk.rows(x, np.flatnonzero(usable)) for x in (maps, masks))
         pixel = _by_f1(some_maps, some_masks != 0, int(usable.sum()))
     # Where test images chose a threshold above, their false alarms are what it is judged by.

@@ -122,7 +122,7 @@ class TestSplit:
 
     def figures(self, found: Results) -> dict[str, float | None]:
         """Image AUROC and pixel AP; anomalous images without a mask count for the first alone."""
-        known = (self.label == 0) | self.mask.any(axis=(1, 2))
+        known = metrics.judgeable(self.label, self.mask)
         rankings = (
             metrics.rank_images(found.scores, self.label),
             metrics.rank_pixels(found.maps, self.mask, known=known),
