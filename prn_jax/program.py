@@ -71,20 +71,23 @@ def _config_file(name: str) -> str:
     return str(_CONFIGS / f"{name}.py")
 
 
-def _with_config_file(arguments: list[str]) -> list[str]:
-    """The arguments, the configuration's name among them replaced by its file."""
-    named = list(arguments)
-    for number, argument in enumerate(arguments):
+def _config_first(arguments: list[str]) -> list[str]:
+    """The arguments, the configuration before its fields' overrides, its name replaced by its file.
+
+    ml_collections refuses an override that precedes the configuration.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    configs, others = [], []
+    rest = iter(arguments[1:end])
+    for argument in rest:
         flag, equals, value = argument.partition("=")
-        if argument == "--":
-            break
         if flag not in ("--config", "-config"):
-            continue
-        if equals:
-            named[number] = f"--config={_config_file(value)}"
-        elif number + 1 < len(arguments):
-            named[number + 1] = _config_file(arguments[number + 1])
-    return named
+            others.append(argument)
+        elif (value := value if equals else next(rest, None)) is None:
+            others.append(argument)  # absl says that its value is missing
+        else:
+            configs.append(f"--config={_config_file(value)}")
+    return [arguments[0], *configs, *others, *arguments[end:]]
 
 
 def run(main: Callable[..., None], positional: bool = False, afterwards: str = "") -> None:
@@ -109,7 +112,7 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
         sys.exit()
     leave_convs_to_eigen()
     _use_huge_pages()
-    sys.argv = _with_config_file(sys.argv)
+    sys.argv = _config_first(sys.argv)
     app.run(
         lambda rest: _guarded(lambda: main(rest[1:]) if positional else main(), afterwards),
         flags_parser=lambda argv: _parse(argv, positional),

@@ -84,6 +84,16 @@ def test_a_configuration_that_is_not_there_is_one_line(given, message):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("config", [["--config=demo"], ["--config", "demo"]])
+def test_overrides_may_precede_the_configuration(config):
+    """As launch/tpu_vm.sh gives them."""
+    arguments = ["train", "--workdir=nowhere", "--config.batch_size=0", *config]
+    result = run(sys.executable, "-m", "prn_jax", *arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: batch_size"), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The programs' folder of an environment that has the package from a wheel alone."""
