@@ -8,6 +8,7 @@ leaves the previous checkpoint whole.
 
 import contextlib
 import glob
+import json
 import os
 import pathlib
 import re
@@ -183,6 +184,21 @@ def check_name(folder: str | os.PathLike) -> None:
 def holds_checkpoints(folder: pathlib.Path | epath.Path) -> bool:
     """Whether a folder has checkpoints in it, complete or not."""
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def newest_identity(folder: epath.Path) -> tuple[int, Identity] | None:
+    """The newest checkpoint's step and what it was made of; None where neither can be read.
+
+    Without Orbax, which starts JAX's devices: a process that trains beside this one wants them.
+    """
+    if not holds_checkpoints(folder):
+        return None
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    try:
+        stored = json.loads((folder / str(step) / "config" / "metadata").read_text())
+        return step, Identity.from_json(stored)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def folder_of(run: epath.Path) -> epath.Path:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from prn_jax import evaluate, explain, pretrained, results, thresholds, trained_on
 from prn_jax import mesh as meshes
 from prn_jax import train as training
-from prn_jax.checkpoints import Checkpoints, check_name, holds_checkpoints
+from prn_jax.checkpoints import Checkpoints, check_name, holds_checkpoints, newest_identity
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import Identity, as_dict, lock
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
@@ -204,14 +204,19 @@ def finished(
       allow_config_change: one that is made of something else does not count.
 
     Raises:
-      UserError: the category's data is not there, or the run is made of something else.
+      UserError: the data is not there, or the run, finished or not, is made of something else.
     """
-    if not (folder / "results.json").exists():
+    run = results.read_run(folder) if (folder / "results.json").exists() else None
+    if run:
+        saved = Identity.of_run(run)
+        step, where = saved.steps, f"the finished run in {shown(folder)}"
+    elif begun := newest_identity(folder / "checkpoints"):
+        step, saved = begun
+        where = f"the checkpoint of step {step} in {shown(folder / 'checkpoints')}"
+    else:
         return None
-    run = results.read_run(folder)
-    saved = Identity.of_run(run)
     now = saved.today(config, _fingerprint(config) if saved.fingerprint else "")
-    saved.check(now, f"the finished run in {shown(folder)}", saved.steps, allow_config_change)
+    saved.check(now, where, step, allow_config_change)
     return None if saved.differences(now) else run
 
 

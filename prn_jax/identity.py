@@ -199,6 +199,21 @@ def as_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields by which the figures of runs may differ, but for categories and seeds.
+
+    Args:
+      config: of a run's results, plain JSON types.
+    """
+    fields = _BEFORE | _flatten(config)
+    lengths, seeds = ("epochs", "total_steps"), ("seed", "split_seed")
+    return {
+        name: value
+        for name, value in fields.items()
+        if name in lengths or not (name in seeds or _is_free(name))
+    }
+
+
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():

@@ -10,9 +10,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from prn_jax import evaluate, images, pictures, results, thresholds, trained_on
+from prn_jax import disk, evaluate, images, pictures, results, thresholds, trained_on
 from prn_jax.datasets import layout
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.identity import as_dict
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 from prn_jax.predict import Detector
@@ -47,16 +47,20 @@ def read_folder(folder: pathlib.Path, detector: Detector) -> Images:
     if stray:
         logging.warning("skipped %s", images.describe(stray))
     examples.sort(key=lambda x: x.id)
-    size = detector.image_size
-    pixels, masks = [], []
-    for example in examples:
+    size, count = detector.image_size, len(examples)
+    pixels, masks = disk.zeros((count, *size, 3), np.uint8), disk.zeros((count, *size), np.uint8)
+    for number, example in enumerate(examples):
         image = images.read_array(example.image, detector.white_level)
-        mask = layout.read_mask(example, image.shape[:2])
-        pixels.append(images.resize(image, size))
-        masks.append(images.resize_mask(mask, size))
-    return Images(
-        np.stack(pixels), np.stack(masks), [x.defect for x in examples], [x.id for x in examples]
-    )
+        pixels[number] = images.resize(image, size)
+        masks[number] = images.resize_mask(layout.read_mask(example, image.shape[:2]), size)
+    found = Images(pixels, masks, [x.defect for x in examples], [x.id for x in examples])
+    if unmarked := [x for x, known in zip(found.id, found.has_mask) if not known]:
+        logging.warning(
+            "%d anomalous images have no mask, or one of which nothing is left at %dx%d (%s): "
+            "they count for the image-level figures alone",
+            len(unmarked), *size, shown_first(unmarked),
+        )  # fmt: skip
+    return found
 
 
 def read_own(detector: Detector, split: str, manual_dir: str | None) -> Images:
@@ -127,7 +131,7 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
       of `at_thresholds`; `images`: id, defect and score of each. And what draws its sheet.
     """
     roi = detector.roi
-    inside = np.ones(found.mask.shape[1:], bool) if roi is None else roi > 0
+    inside = slice(None) if roi is None else roi > 0
     found = found if roi is None else within(found, roi, detector.config.category)
     maps, scores, _ = evaluate.predict(
         detector.model,
@@ -235,31 +239,24 @@ def render(evaluation: Evaluation) -> str:
         f"{normal} normal, {len(scores) - normal} anomalous; the checkpoint of step "
         f"{evaluation['step']}. In percent.",
         "",
-        *_table(list(results.COLUMNS.values()), [
-            [results.percent(evaluation["metrics"][x]) for x in results.COLUMNS]
-        ]),
+        *results.markdown(
+            list(results.COLUMNS.values()),
+            [[results.percent(evaluation["metrics"][x]) for x in results.COLUMNS]],
+        ),
         "",
-    ]  # fmt: skip
+    ]
     found = evaluation["thresholds"]
     heads = ["thresholds", "image", "pixel", "recall", "false alarms", "precision", "pixel F1"]
     shares = ("recall", "false_alarms", "precision", "pixel_f1")
-    lines += _table(heads, [
+    lines += results.markdown(heads, [
         [name, f"{x['image']:.4f}", f"{x['pixel']:.4f}", *(results.percent(x[y]) for y in shares)]
         for name, x in found.items()
     ])  # fmt: skip
     defects = sorted({x["defect"] for x in scores} - {layout.GOOD})
     if defects:
-        lines += ["", *_table(["recall of", "images", *found], [
-            [x.replace("|", "\\|"), str(sum(row["defect"] == x for row in scores)),
+        lines += ["", *results.markdown(["recall of", "images", *found], [
+            [x, str(sum(row["defect"] == x for row in scores)),
              *(results.percent(y["recalls"][x]) for y in found.values())]
             for x in defects
         ])]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """A table of Markdown, its columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in (heads, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in padded]
-    return [lines[0], f"| {' | '.join('-' * width for width in widths)} |", *lines[1:]]

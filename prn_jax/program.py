@@ -45,12 +45,15 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     Args:
       default: a name; None: the flag is to be marked as required.
     """
-    return config_flags.DEFINE_config_file(
-        "config",
-        _config_file(default) if default else None,
-        f"A file, or one of {', '.join(config_names())}. Its fields, which "
-        f"{_CONFIGS / 'default.py'} explains, are overridden as --config.batch_size=16.",
-    )
+    try:
+        return config_flags.DEFINE_config_file(
+            "config",
+            _config_file(default) if default else None,
+            f"A file, or one of {', '.join(config_names())}. Its fields, which "
+            f"{_CONFIGS / 'default.py'} explains, are overridden as --config.batch_size=16.",
+        )
+    except flags.CantOpenFlagFileError as error:  # ml_collections looks for fields in them
+        fail(str(error).removeprefix("ERROR:: "))
 
 
 def config_names() -> list[str]:
@@ -78,7 +81,7 @@ def _config_first(arguments: list[str]) -> list[str]:
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     configs, others = [], []
-    rest = iter(arguments[1:end])
+    rest = iter(arguments[:end])
     for argument in rest:
         flag, equals, value = argument.partition("=")
         if flag not in ("--config", "-config"):
@@ -87,7 +90,15 @@ def _config_first(arguments: list[str]) -> list[str]:
             others.append(argument)  # absl says that its value is missing
         else:
             configs.append(f"--config={_config_file(value)}")
-    return [arguments[0], *configs, *others, *arguments[end:]]
+    return [*configs, *others, *arguments[end:]]
+
+
+def _with_flagfiles(arguments: list[str]) -> list[str]:
+    """The arguments, those of a `--flagfile` in its place: what passes them on needs them."""
+    try:
+        return flags.FLAGS.read_flags_from_files(arguments)
+    except flags.CantOpenFlagFileError as error:
+        fail(str(error).removeprefix("ERROR:: "))
 
 
 def run(main: Callable[..., None], positional: bool = False, afterwards: str = "") -> None:
@@ -112,7 +123,7 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
         sys.exit()
     leave_convs_to_eigen()
     _use_huge_pages()
-    sys.argv = _config_first(sys.argv)
+    sys.argv[1:] = _config_first(_with_flagfiles(sys.argv[1:]))
     app.run(
         lambda rest: _guarded(lambda: main(rest[1:]) if positional else main(), afterwards),
         flags_parser=lambda argv: _parse(argv, positional),

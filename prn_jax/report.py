@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from prn_jax import explain, metrics, pictures, results
 from prn_jax.errors import UserError, shown
+from prn_jax.identity import settings
 from prn_jax.tiles import Tiling
 
 # Longest side of a test image on the page, in pixels.
@@ -49,23 +50,27 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
     for name, folder, run in tqdm(runs, unit="run", disable=not progress, dynamic_ncols=True):
         data.append(_run_data(name, folder, run))
     dataset = runs[0][2]["dataset"]
-    first = runs[0][2]["config"]
     notes = "The last checkpoint counts; the seen anomalies are not in the test split."
     if dataset in results.PAPER:
         notes += (
             " Small figures: ours minus the paper's, in points. The paper's PRO and AP per "
             "category are unconfirmed, and so is carpet's image AUROC."
         )
+    configs = [run["config"] for *_, run in runs]
+    alike = all(settings(config) == settings(configs[0]) for config in configs)
+    if not alike:
+        notes += " No means: the runs differ in more than category and seed."
+    kinds = [f"{x['backbone']['name']}, {Tiling.of(ConfigDict(x))} pixels" for x in configs]
+    shared = f", {kinds[0]}" if len(set(kinds)) == 1 else ""
     template = string.Template(
         (importlib.resources.files("prn_jax") / "report.html").read_text("utf-8")
     )
     page = template.substitute(
         title=html.escape(f"PRN on {dataset}"),
         subtitle=html.escape(
-            f"{len(runs)} run{'' if len(runs) == 1 else 's'}, {first['backbone']['name']}, "
-            f"{Tiling.of(ConfigDict(first))} pixels. In percent."
+            f"{len(runs)} run{'' if len(runs) == 1 else 's'}{shared}. In percent."
         ),
-        table=_table([(name, run) for name, _, run in runs], dataset),
+        table=_table([(name, run) for name, _, run in runs], alike),
         notes=html.escape(notes),
         # Inside of a script element "</" could end it, and "<!--<script" what follows it.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
@@ -170,18 +175,18 @@ def _embed(image: np.ndarray) -> str:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def _table(runs: Sequence[tuple[str, Run]], dataset: str) -> str:
-    paper = results.PAPER.get(dataset, {})
+def _table(runs: Sequence[tuple[str, Run]], with_mean: bool) -> str:
+    papers = [results.PAPER.get(run["dataset"], {}).get(run["category"]) for _, run in runs]
     heads = "".join(f"<th scope=col>{title}</th>" for title in results.COLUMNS.values())
     rows = []
-    for name, run in runs:
+    for (name, run), paper in zip(runs, papers):
         link = f'<a href="#{urllib.parse.quote(name, safe="")}">{html.escape(name)}</a>'
-        rows.append(f"<tr><td>{link}</td>{_cells(run['metrics'], paper.get(run['category']))}")
-    mean = results.mean([run["metrics"] for _, run in runs])
-    known = all(run["category"] in paper for _, run in runs) if paper else False
-    same = results.mean([paper[run["category"]] for _, run in runs]) if known else None
-    rows.append(f'<tr class="mean"><td>mean</td>{_cells(mean, same)}')
-    if same:
+        rows.append(f"<tr><td>{link}</td>{_cells(run['metrics'], paper)}")
+    same = results.mean(papers) if all(papers) else None
+    if with_mean:
+        mean = results.mean([run["metrics"] for _, run in runs])
+        rows.append(f'<tr class="mean"><td>mean</td>{_cells(mean, same)}')
+    if with_mean and same:
         rows.append(f"<tr><td>paper, the same</td>{_cells(same, None)}")
     return f"<table><tr><th scope=col>run</th>{heads}</tr>{'</tr>'.join(rows)}</tr></table>"
 

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import subprocess
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -211,14 +212,19 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
         "",
         "In percent, at the last checkpoint. The seen anomalies are not in the test split.",
         "",
-        "| category | " + " | ".join(COLUMNS.values()) + " |",
-        "| --- |" + " ---: |" * len(COLUMNS),
+        *markdown(["category", *COLUMNS.values()], [[x, *row] for x, row in zip(names, rows)]),
+        "",
+        *_notes(runs, dataset),
+        "",
     ]
-    lines += [
-        "| " + " | ".join([name.replace("|", "\\|"), *row]) + " |" for name, row in zip(names, rows)
-    ]
-    lines += ["", *_notes(runs, dataset), ""]
     write_file(workdir / "results.md", "\n".join(lines))
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of Markdown: names at the left, figures at the right."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    lines.insert(1, ["---", *["---:"] * (len(heads) - 1)])
+    return [f"| {' | '.join(row)} |" for row in lines]
 
 
 def render_table(workdir: epath.PathLike, dataset: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -20,11 +21,15 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from prn_jax import experiment, pretrained, results
+from prn_jax.checkpoints import holds_checkpoints
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import lock
 
 # Where the runs import this package from, be it installed or not.
 _ROOT = str(pathlib.Path(__file__).resolve().parent.parent)
+_QUOTES = ("'", '"')
+_OWN_FLAGS = {"seed": "--seeds", "category": "--categories"}
+_LONGEST_NAME = 100  # bytes of a variation in a folder's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class StudyRun:
       workdir: `<study>/seed_<seed>`, or `<study>/<variation>,seed_<seed>`.
       command: what trains it, as arguments.
       variation: name of what is varied; "" where nothing is.
+      allow_config_change: go on from what is there although it is made of something else.
     """
 
     category: str
@@ -46,6 +52,7 @@ class StudyRun:
     workdir: epath.Path
     command: list[str]
     variation: str = ""
+    allow_config_change: bool = False
 
     @property
     def name(self) -> str:
@@ -58,8 +65,9 @@ class StudyRun:
         return self.workdir / self.category
 
     def is_finished(self) -> bool:
-        """Whether its results are there; refuses those that are made of something else."""
-        return experiment.finished(self.config, self.folder) is not None
+        """Whether its results are there; refuses a run that is made of something else."""
+        allow = self.allow_config_change
+        return experiment.finished(self.config, self.folder, allow) is not None
 
 
 def plan(
@@ -69,6 +77,7 @@ def plan(
     workdir: epath.PathLike,
     overrides: Sequence[str],
     variations: dict[str, dict[str, str]] | None = None,
+    allow_config_change: bool = False,
 ) -> list[StudyRun]:
     """The runs of a study, variation after variation and in it seed after seed.
 
@@ -79,6 +88,7 @@ def plan(
       workdir: of the study.
       overrides: the `--config...` arguments that made `config`, for the runs' command lines.
       variations: from `vary` or `configs/ablations.py`: by name, fields and their values.
+      allow_config_change: go on from what is there although it is made of something else.
     """
     root = epath.Path(os.path.expanduser(workdir))
     if "://" not in os.fspath(workdir):
@@ -93,28 +103,35 @@ def plan(
             fields = varied | {"seed": seed, "split_seed": own.split_seed, "category": category}
             command = [sys.executable, "-m", "prn_jax", "train", *overrides, f"--workdir={folder}"]
             command += [f"--config.{name}={value}" for name, value in fields.items()]
-            runs.append(StudyRun(category, seed, own, folder, command, variation))
+            command += ["--allow_config_change"] * allow_config_change
+            run = StudyRun(category, seed, own, folder, command, variation, allow_config_change)
+            runs.append(run)
     return runs
 
 
 def vary(texts: Sequence[str]) -> dict[str, dict[str, str]]:
     """The grid of `field=value,value` texts: by name, fields and values as a command line has them.
 
-    Commas inside of brackets or quotes belong to a value.
+    Commas inside of brackets belong to a value, and so do those of a value in quotes, which are
+    taken off: "" is an empty text.
 
     Raises:
-      UserError: a text is no such thing, or a field comes twice.
+      UserError: a text is no such thing, a field comes twice, or is not to be varied so.
     """
     axes = {}
     for text in texts:
         field, equals, values = text.partition("=")
-        field = field.removeprefix("--").removeprefix("config.").strip()
+        field = field.strip().removeprefix("--").removeprefix("config.")
         values = [x.strip() for x in _split(values)]
-        if not equals or not field or "" in values or field in axes:
+        unclosed = any(x[:1] in _QUOTES and (len(x) == 1 or x[-1] != x[0]) for x in values if x)
+        if not equals or not field or "" in values or field in axes or unclosed:
             raise UserError(
                 f"--vary={text}: give a field once and its values, as in "
                 "--vary='config.attention.layers=0,3'"
             )
+        if field in _OWN_FLAGS:
+            raise UserError(f"--vary={text}: give {_OWN_FLAGS[field]} instead")
+        values = [x[1:-1] if x[0] in _QUOTES else x for x in values]
         axes[field] = list(dict.fromkeys(values))
     grid = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
     return {" ".join(f"{k}={v}" for k, v in fields.items()): fields for fields in grid}
@@ -125,7 +142,7 @@ def _split(text: str) -> list[str]:
     for letter in text:
         if quote:
             quote = "" if letter == quote else quote
-        elif letter in "'\"":
+        elif letter in _QUOTES and not parts[-1].strip():  # else it is an apostrophe
             quote = letter
         depth += 0 if quote else (letter in "([{") - (letter in ")]}")
         if letter == "," and not depth and not quote:
@@ -158,8 +175,9 @@ def folder_name(variation: str) -> str:
     if not variation:
         return ""
     name = re.sub(r"[^\w.=-]+", "_", variation)
-    if name != variation or len(name) > 100:
-        name = f"{name[:100]}-{hashlib.sha256(variation.encode()).hexdigest()[:6]}"
+    if name != variation or len(name.encode()) > _LONGEST_NAME:
+        name = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
+        name = f"{name}-{hashlib.sha256(variation.encode()).hexdigest()[:6]}"
     return f"{name},"
 
 
@@ -178,15 +196,18 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
       parallel: processes at a time.
 
     Raises:
-      UserError: another study runs in `workdir`, or the backbone's weights cannot be had.
+      UserError: another study runs in `workdir`, the backbone's weights cannot be had, or a run
+        that was interrupted is made of something else.
       Interrupted: after SIGTERM or Ctrl-C, when the running ones have saved.
     """
+    # Refuses what is made of something else before anything runs.
     waiting = [run for run in runs if not run.is_finished()]
     done = len(runs) - len(waiting)
     if done:
         logging.info("%d of %d runs are finished already", done, len(runs))
-    # Once, before any run prepares its data and finds them missing.
-    for config in {run.config.backbone.to_json(): run.config for run in waiting}.values():
+    # Once, before any run prepares its data and finds them missing; a checkpoint has them in it.
+    new = [run.config for run in waiting if not holds_checkpoints(run.folder / "checkpoints")]
+    for config in {config.backbone.to_json(): config for config in new}.values():
         pretrained.check(config)
     failed: list[StudyRun] = []
     active: dict[int, tuple[subprocess.Popen, StudyRun, float]] = {}
@@ -267,6 +288,8 @@ def _devices(slot: int, parallel: int) -> dict[str, str]:
     if parallel == 1:
         return {}
     chips = sorted(pathlib.Path("/dev").glob("accel[0-9]*"))
+    if not chips and importlib.util.find_spec("libtpu"):  # since TPU v5e
+        chips = sorted(pathlib.Path("/dev/vfio").glob("[0-9]*"))
     if chips:
         share = [str(i) for i in range(len(chips))][slot::parallel]
         if len(share) != 1:

@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,32 +13,69 @@ from prn_jax.study import StudyRun, has_finished
 
 # The paper states these two; its PRO and AP per category are second-hand.
 _CONFIRMED = ("image_auroc", "pixel_auroc")
+_LATEX = {letter: f"\\{letter}" for letter in "_%&#${}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "†": r"$^\dagger$",
+    "±": r"$\pm$",
+}
 
 Figure = tuple[float, float | None]
 Row = tuple[str, int, dict[str, Figure | None]]
+# By category, then by seed, the metrics of a run.
+Found = dict[str, dict[int, dict[str, float | None]]]
 
 
-def summarise(runs: Sequence[StudyRun]) -> list[Row]:
-    """Mean and standard deviation of the finished runs.
-
-    Returns:
-      Per category its name, the number of seeds, and by column the mean with the sample's standard
-      deviation (None with one seed); last the mean over the categories: its deviation is that
-      between seeds, over those seeds that finished every category.
-    """
-    found: dict[str, dict[int, dict]] = {}
+def read(runs: Sequence[StudyRun]) -> Found:
+    """The metrics of the finished runs; a category without any is there too."""
+    found: Found = {}
     for run in runs:
         by_seed = found.setdefault(run.category, {})
         if has_finished(run):
             by_seed[run.seed] = results.read_run(run.folder)["metrics"]
+    return found
+
+
+def summarise(found: Found) -> list[Row]:
+    """Mean and standard deviation of the finished runs.
+
+    Returns:
+      Per category its name, the number of seeds, and by column the mean with the sample's standard
+      deviation (None with one seed; no figure where a run has none); last the mean over the
+      categories: its deviation is that between seeds, over those seeds that finished every
+      category.
+    """
     rows = []
     for name, by_seed in found.items():
         figures = {c: _spread([m[c] for m in by_seed.values()]) for c in results.COLUMNS}
         rows.append((name, len(by_seed), figures))
-    complete = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
-    means = [results.mean([found[name][seed] for name in found]) for seed in complete]
-    overall = {c: _spread([m[c] for m in means]) for c in results.COLUMNS}
-    return [*rows, ("mean", len(complete), overall)]
+    return [*rows, ("mean", *_overall(found, _complete(found)))]
+
+
+def compare(variations: dict[str, Found]) -> tuple[list[Row], list[int]]:
+    """A row per variation: the mean over the categories, with the deviation between seeds.
+
+    Returns:
+      The rows, and the seeds that they are of: those that finished every category of every
+      variation, so that rows differ by nothing else.
+    """
+    seeds = sorted(set.intersection(*(set(_complete(found)) for found in variations.values())))
+    return [(name, *_overall(found, seeds)) for name, found in variations.items()], seeds
+
+
+def _complete(found: Found) -> list[int]:
+    return sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+
+
+def _overall(found: Found, seeds: Sequence[int]) -> tuple[int, dict[str, Figure | None]]:
+    """Over the same categories in every column: none where one of them has no figure."""
+    figures = {}
+    for column in results.COLUMNS:
+        table = [[by_seed[seed][column] for by_seed in found.values()] for seed in seeds]
+        whole = not any(None in values for values in table)
+        figures[column] = _spread([float(np.mean(values)) for values in table]) if whole else None
+    return len(seeds), figures
 
 
 def _spread(values: Sequence[float | None]) -> Figure | None:
@@ -49,32 +85,35 @@ def _spread(values: Sequence[float | None]) -> Figure | None:
     return float(np.mean(values)), deviation
 
 
-def compare(runs: Sequence[StudyRun]) -> list[Row]:
-    """A row per variation: the mean over the categories, with the deviation between seeds."""
-    names = list(dict.fromkeys(run.variation for run in runs))
-    means = [summarise([run for run in runs if run.variation == name])[-1] for name in names]
-    return [(name, *mean[1:]) for name, mean in zip(names, means)]
-
-
 def write_study(runs: Sequence[StudyRun], workdir: epath.PathLike, dataset: str) -> None:
-    """Writes `study.{md,csv,tex}`; of variations each one's, and first a row per variation."""
+    """Writes `study.{md,csv,tex}`.
+
+    Of variations `study.md` has a row for each, then the table of each; `study.csv` has the tables,
+    `study.tex` the rows.
+    """
     folder = epath.Path(os.path.expanduser(workdir))
-    by_variation: dict[str, list[StudyRun]] = {}
-    for run in runs:
-        by_variation.setdefault(run.variation, []).append(run)
-    if list(by_variation) == [""]:
-        write_tables(summarise(runs), folder, dataset)
+    names = dict.fromkeys(run.variation for run in runs)
+    variations = {name: read([run for run in runs if run.variation == name]) for name in names}
+    if list(variations) == [""]:
+        write_tables(summarise(variations[""]), folder, dataset)
         return
-    rows = compare(runs)
-    texts = ["# Variations", "", "Mean over " + ", ".join(dict.fromkeys(r.category for r in runs))]
-    texts[-1] += ", ± standard deviation between seeds, percent."
-    titles = ["variation", "seeds", *results.COLUMNS.values()]
-    texts += ["", "| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
-    texts += ["| " + " | ".join(cells) + " |" for cells in _cells(rows, "", " ± ")] + [""]
+    rows, seeds = compare(variations)
+    categories = ", ".join(dict.fromkeys(run.category for run in runs))
+    of_seeds = f"seeds {', '.join(map(str, seeds))}" if seeds else "no seed yet"
+    texts = [
+        "# Variations",
+        "",
+        f"Mean over {categories}, ± standard deviation between seeds, percent; {of_seeds}: those "
+        "that every variation has finished.",
+        "",
+        *results.markdown(["variation", *_titles("")], _cells(rows, "", " ± ")),
+        "",
+    ]
     tables = []
-    for name, own in by_variation.items():
-        texts += [f"## {name}", "", _markdown(summarise(own), dataset).split("\n", 2)[2]]
-        head, *lines = list(csv.reader(io.StringIO(_csv(summarise(own), dataset))))
+    for name, found in variations.items():
+        own = summarise(found)
+        texts += [f"## {name}", "", _markdown(own, dataset).split("\n", 2)[2]]
+        head, *lines = list(csv.reader(io.StringIO(_csv(own, dataset))))
         tables += [[name, *line] for line in lines]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([["variation", *head], *tables])
@@ -99,6 +138,11 @@ def _columns(dataset: str) -> list[tuple[str, str, bool]]:
         if dataset in results.PAPER and key in results.PAPER_MEAN[dataset]:
             columns.append((key, "paper" if key in _CONFIRMED else "paper†", True))
     return columns
+
+
+def _titles(dataset: str) -> list[str]:
+    """Of the columns of a table, after the first."""
+    return ["seeds", *(title for _, title, _ in _columns(dataset))]
 
 
 def _paper(row: Row, rows: Sequence[Row], dataset: str, key: str) -> float | None:
@@ -128,16 +172,13 @@ def _cells(rows: Sequence[Row], dataset: str, between: str) -> list[list[str]]:
 
 
 def _markdown(rows: Sequence[Row], dataset: str) -> str:
-    titles = ["category", "seeds", *(title for _, title, _ in _columns(dataset))]
     lines = [
         f"# PRN on {dataset}",
         "",
         "Percent, mean ± standard deviation over seeds of training and split, last checkpoint, "
         "seen anomalies removed from the test split.",
         "",
-        "| " + " | ".join(titles) + " |",
-        "| --- |" + " ---: |" * (len(titles) - 1),
-        *("| " + " | ".join(cells) + " |" for cells in _cells(rows, dataset, " ± ")),
+        *results.markdown(["category", *_titles(dataset)], _cells(rows, dataset, " ± ")),
         "",
     ]
     if dataset in results.PAPER:
@@ -171,21 +212,19 @@ def _csv(rows: Sequence[Row], dataset: str) -> str:
 
 def _latex(rows: Sequence[Row], dataset: str, first: str = "category") -> str:
     def safe(text: str) -> str:
-        text = re.sub(r"([_%&#])", r"\\\1", text)
-        return text.replace("†", r"$^\dagger$").replace("±", r"$\pm$")
+        return "".join(_LATEX.get(letter, letter) for letter in text)
 
-    columns = _columns(dataset)
-    titles = [first, "seeds", *(title for _, title, _ in columns)]
+    titles = [first, *_titles(dataset)]
     body = [[safe(x) for x in cells] for cells in _cells(rows, dataset, " ± ")]
-    body = [" & ".join(cells) for cells in body]
+    body = [" & ".join(cells) + r" \\" for cells in body]
+    if first == "category":  # the last row is their mean
+        body.insert(-1, r"\midrule")
     lines = [
         r"\begin{tabular}{l" + "r" * (len(titles) - 1) + "}",
         r"\toprule",
         " & ".join(map(safe, titles)) + r" \\",
         r"\midrule",
-        *(line + r" \\" for line in body[:-1]),
-        r"\midrule",
-        body[-1] + r" \\",
+        *body,
         r"\bottomrule",
         r"\end{tabular}",
         "",

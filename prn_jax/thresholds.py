@@ -234,8 +234,9 @@ def at_rates(
 
     Returns:
       For each rate `rate`, `images` and, where they suffice, what `for_false_alarms` returns with
-      `recall` and `false_alarms` of the test images, in [0, 1] (None without such images); else
-      `needed`. Empty where no normal images were held out.
+      `recall` and `false_alarms` of the test images, in [0, 1] (None without such images, and
+      where normal test images chose the threshold themselves); else `needed`. Empty where there
+      are no normal images to choose by.
     """
     if not thresholds["normal"]:
         return []
@@ -246,7 +247,8 @@ def at_rates(
             continue
         basis = for_false_alarms(thresholds, rate)
         alarm, anomalous = scores >= basis["value"], np.asarray(labels) != 0
-        shares = [float(alarm[x].mean()) if x.any() else None for x in (anomalous, ~anomalous)]
+        judged = anomalous, ~anomalous & anomalous.any()  # without any the normal ones chose
+        shares = [float(alarm[x].mean()) if x.any() else None for x in judged]
         rows.append({"rate": rate, **basis, "recall": shares[0], "false_alarms": shares[1]})
     return rows
 

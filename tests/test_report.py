@@ -105,6 +105,19 @@ def test_any_name_is_a_link_and_unknown_masks_are_in_no_curve(tmp_path, monkeypa
     assert known.tolist() == [True] * (len(run["test"]) - 2) + [False] * 2
 
 
+def test_runs_of_different_configurations_have_no_mean(tmp_path):
+    runs = {name: make_run(tmp_path, name) for name in ("bottle", "pill")}
+    report.write_report(tmp_path, tmp_path / "report.html")
+    assert ">mean</td>" in (page := (tmp_path / "report.html").read_text())
+    assert "2 runs, resnet18, 40x56 pixels." in page
+    runs["pill"]["config"] |= {"fusion": {"enabled": False}, "image_size": [56, 56], "seed": 1}
+    results.write_run(tmp_path / "pill", runs["pill"])
+    report.write_report(tmp_path, tmp_path / "report.html")
+    assert ">mean</td>" not in (page := (tmp_path / "report.html").read_text())
+    assert "No means: the runs differ in more than category and seed." in page
+    assert "2 runs. In percent." in page
+
+
 def test_training_curves_keep_the_later_of_two_runs(tmp_path):
     for number in range(2):
         with contextlib.closing(metric_writers.SummaryWriter(str(tmp_path))) as writer:

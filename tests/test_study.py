@@ -61,7 +61,7 @@ def test_the_tables_have_means_deviations_and_the_paper_s_figures(tmp_path):
     values = [0.91, 0.95, 0.93, 0.98]
     for run, value in zip(runs, values):
         finish(run, value)
-    rows = study_tables.summarise(runs)
+    rows = study_tables.summarise(study_tables.read(runs))
     assert [row[:2] for row in rows] == [("bottle", 2), ("metal_nut", 2), ("mean", 2)]
     bottle, nut, mean = (row[2]["image_auroc"] for row in rows)
     np.testing.assert_allclose(bottle, (0.92, np.std([0.91, 0.93], ddof=1)))
@@ -82,12 +82,13 @@ def test_the_tables_have_means_deviations_and_the_paper_s_figures(tmp_path):
     assert r"metal\_nut & 2 & 96.5 $\pm$ 2.1 & 100.0" in latex
     counts = {line.count("&") for line in latex.splitlines() if "&" in line}
     assert len(counts) == 1
+    assert latex.splitlines()[-4] == r"\midrule"  # above the mean
 
 
 def test_an_unfinished_study_has_the_table_of_what_is_there(tmp_path):
     runs = make_plan(tmp_path)
     finish(runs[0], 0.9)
-    rows = study_tables.summarise(runs)
+    rows = study_tables.summarise(study_tables.read(runs))
     assert rows[0][1:] == (1, {c: (0.9, None) for c in results.COLUMNS} | {"pixel_ap": None})
     assert rows[1][1] == rows[2][1] == 0
     study_tables.write_tables(rows, tmp_path, "mvtec_ad")
@@ -123,6 +124,14 @@ def test_runs_are_resumed_and_one_failure_does_not_stop_the_others(tmp_path):
     changed.batch_size = 8
     with pytest.raises(UserError, match="batch_size was 64, is 8"):
         dataclasses.replace(runs[0], config=changed).is_finished()
+    # Of one that was interrupted the checkpoint tells, before any other run begins.
+    stored = runs[1].folder / "checkpoints/4/config/metadata"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(json.dumps(as_dict(changed) | {"steps": 9}))
+    with pytest.raises(UserError, match=r"checkpoint of step 4 .*batch_size was 8, is 64"):
+        study.execute(runs, tmp_path, parallel=1)
+    allowed = dataclasses.replace(runs[1], allow_config_change=True)
+    assert not allowed.is_finished()
 
 
 def test_weights_that_cannot_be_had_end_a_study_before_its_runs(tmp_path):
@@ -174,7 +183,12 @@ def test_fields_make_a_grid_and_commas_in_brackets_belong_to_a_value():
     ]
     changed = study.varied_config(mvtec.get_config(), list(grid.values())[0])
     assert (changed.attention.layers, changed.attention.divisions) == (0, (1, 2))
-    for wrong in (["attention.layers"], ["seed=1", "config.seed=2"], ["seed=1,"]):
+    textures = study.vary([""" config.synthesis.textures="",'a,b',/d/O'Brien"""])
+    assert [x["synthesis.textures"] for x in textures.values()] == ["", "a,b", "/d/O'Brien"]
+    name = study.folder_name("synthesis.textures=" + "布" * 90)
+    assert len(name.encode()) < 200
+    for wrong in (["attention.layers"], ["a=1", "config.a=2"], ["a=1,"], ["a='1"], ["a='"],
+                  ["config.seed=1,2"], ["category=bottle,pill"]):  # fmt: skip
         with pytest.raises(UserError, match="--vary"):
             study.vary(wrong)
     for wrong in ({"attention.layer": "1"}, {"attention.layers": "many"}):
@@ -206,3 +220,30 @@ def test_a_varied_study_has_a_row_per_variation(tmp_path):
     assert len(table) == 7 * 3
     assert table[6]["variation"] == "without attention"
     assert float(table[6]["image_auroc_mean"]) == pytest.approx(0.8)
+    assert (tmp_path / "study.tex").read_text().count(r"\midrule") == 1  # no mean is set off
+
+
+def test_rows_are_of_the_same_seeds_and_categories():
+    def metrics(value):
+        return dict.fromkeys(results.COLUMNS, value)
+
+    full = {"a": {0: metrics(0.5), 1: metrics(0.7)}, "b": {0: metrics(0.9), 1: metrics(0.9)}}
+    less = {"a": {1: metrics(0.6)}, "b": {1: metrics(0.8) | {"pro": None}}}
+    rows, seeds = study_tables.compare({"all": full, "less": less})
+    assert seeds == [1]
+    assert [row[1] for row in rows] == [1, 1]
+    assert rows[0][2]["image_auroc"] == (pytest.approx(0.8), None)
+    assert rows[1][2]["image_auroc"] == (pytest.approx(0.7), None)
+    assert rows[1][2]["pro"] is None  # it would be that of other categories
+
+
+def test_what_a_configuration_lacks_is_no_ablation():
+    config = mvtec.get_config()
+    config.num_seen = 0
+    config.fusion.enabled = False
+    assert list(ablations.variations(config)) == ["PRN", "without prototypes", "without attention"]
+    config.num_seen, config.sampling.simulated = 10, 0.0
+    assert list(ablations.variations(config))[3:] == ["without extended", "without seen"]
+    config.total_steps = 0
+    with pytest.raises(UserError, match="total_steps=0"):
+        ablations.variations(config)

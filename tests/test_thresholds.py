@@ -164,6 +164,9 @@ def test_too_few_images_are_said_with_how_many_it_takes(caplog):
     assert [row.get("needed") for row in rows] == [999, 99, None]
     assert rows[2]["recall"] == 1.0
     assert rows[2]["false_alarms"] == 0.0
+    # Without anomalous test images the normal ones choose, and are no judges of that.
+    (row,) = thresholds.at_rates(calibrated([0.1] * 20), (0.05,), np.ones(3), np.zeros(3))
+    assert row["recall"] is row["false_alarms"] is None
     thresholds.log_rates(rows)
     assert "20 normal images promise at best 4.76 % false alarms" in caplog.text
     assert "0.1 % takes 999, 1 % takes 99" in caplog.text

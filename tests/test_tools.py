@@ -143,6 +143,7 @@ def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     left_out = f"1 of {len(stored['image']) + 1} images were trained on and are left out"
     assert f"{left_out}: test/Ü 划痕/renamed" in result.stderr
+    assert "1 anomalous images have no mask" in result.stderr
     found = json.loads((output / "evaluation.json").read_text())
     scores = np.array([row["score"] for row in found["images"]])
     truth = np.array([row["defect"] != "good" for row in found["images"]])
@@ -163,6 +164,11 @@ def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
     assert "5 of 6 images were trained on and are left out" in result.stderr
     found = json.loads((output / "evaluation.json").read_text())
     assert [row["id"] for row in found["images"]] == run["split"]["held"]
+    assert found["source"]["split"] == "train"
+    two = ["--images=day", "--split=train"]
+    result = execute("evaluate", f"--checkpoint={trained}", *two, f"--output={output}")
+    assert result.returncode == 1
+    assert "give one" in result.stderr
 
 
 @pytest.mark.slow

@@ -32,7 +32,10 @@ flags.mark_flags_as_required(["checkpoint", "output"])
 def main() -> None:
     """Judges, and says how."""
     from prn_jax import judge, mesh, predict
+    from prn_jax.errors import UserError
 
+    if IMAGES.value is not None and (MANUAL_DIR.present or SPLIT.present):
+        raise UserError("--images is one folder, --split and --manual_dir name another: give one")
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)
     if IMAGES.value is None:
@@ -41,6 +44,8 @@ def main() -> None:
         found = judge.read_folder(pathlib.Path(os.path.expanduser(IMAGES.value)), detector)
     found = judge.leave_out_trained(found, detector)
     evaluation, sheet = judge.judge(detector, found, progress=sys.stderr.isatty())
+    given = {x.name: x.value for x in (CHECKPOINT, IMAGES, SPLIT, MANUAL_DIR)}
+    evaluation["source"] = given if IMAGES.value is None else given | {"split": None}
     path = judge.write(OUTPUT.value, evaluation, sheet)
     print(path.read_text(), end="", flush=True)
 

@@ -12,10 +12,14 @@ and `--ablations` leaves out one part of PRN after another; the table then has a
 import os
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from prn_jax import program
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 CONFIG = program.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "seed_<n>/<category> and the tables go here.")
@@ -27,20 +31,25 @@ VARY = flags.DEFINE_multi_string(
     "vary", [], "Field and values, as config.attention.layers=0,3; several make a grid."
 )
 ABLATIONS = flags.DEFINE_bool("ablations", False, "Vary by configs/ablations.py: a part left out.")
+ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    "allow_config_change", False, "Go on from a checkpoint although a field that matters changed."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     """Runs the study, or prints it."""
-    from prn_jax import experiment, study, study_tables
+    from prn_jax import study, study_tables
     from prn_jax.configs import ablations
     from prn_jax.errors import UserError
 
-    if not all(seed.strip().isdigit() for seed in SEEDS.value) or not SEEDS.value:
+    if "://" in WORKDIR.value:
+        raise UserError(f"--workdir={WORKDIR.value}: a study's logs and tables need a local folder")
+    if not all(seed.strip().isdecimal() for seed in SEEDS.value) or not SEEDS.value:
         raise UserError(f"--seeds={','.join(SEEDS.value)}: give numbers, as in --seeds=0,1,2")
     seeds = list(dict.fromkeys(int(seed) for seed in SEEDS.value))
     config = CONFIG.value
-    categories = CATEGORIES.value or experiment.categories(experiment.checked(config))
+    categories = _categories(config)
     overrides = study.overrides_of(
         sys.argv[1:], lambda name: name == "config" or name.startswith("config.")
     )
@@ -49,7 +58,9 @@ def main() -> None:
         if VARY.value:
             raise UserError("--ablations and --vary: give one of them")
         variations = ablations.variations(config)
-    runs = study.plan(config, categories, seeds, WORKDIR.value, overrides, variations)
+    runs = study.plan(
+        config, categories, seeds, WORKDIR.value, overrides, variations, ALLOW_CONFIG_CHANGE.value
+    )
     if SLURM.value:
         print(study.slurm_array(runs, PARALLEL.value if PARALLEL.value > 1 else len(runs)), end="")
         return
@@ -60,6 +71,21 @@ def main() -> None:
     if failed:
         names = "; ".join(run.name for run in failed)
         raise UserError(f"{len(failed)} of {len(runs)} runs did not end ({names}): see their logs")
+
+
+def _categories(config: "ConfigDict") -> list[str]:
+    """Those that are asked for, each known to be there."""
+    from prn_jax import datasets, experiment
+
+    config = experiment.checked(config)
+    names = list(dict.fromkeys(name.strip() for name in CATEGORIES.value)) or [config.category]
+    if "all" in names:
+        config.category = "all"
+        return experiment.categories(config)
+    where = {"manual_dir": config.data.manual_dir, "data_dir": config.data.data_dir}
+    for name in names:
+        datasets.fingerprint(config.data.name, name, **where)
+    return names
 
 
 def run() -> None:
