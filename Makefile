@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer and access to PyPI.
+# `make demo` and `make test` need nothing but Python 3.11 to 3.13 and access to PyPI.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

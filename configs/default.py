@@ -5,7 +5,7 @@ field is overridden as `--config.batch_size=16` or `--config.backbone.name=resne
 
 Sources named below: "paper" is PRN (CVPR 2023, arXiv 2212.02031) as far as its abstract and Fig. 3
 say; "PRNet" is the public, unofficial PyTorch code (xcyao00/PRNet); "DiffusionAD" is the later,
-official code of PRN's first author; "ours" is our choice, made by measurement (docs/benchmarks.md)
+official code of PRN's first author; "ours" is our choice, made by measurement (docs/experiments.md)
 or for the reason given.
 """
 

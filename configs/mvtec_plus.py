@@ -1,4 +1,4 @@
-"""MVTec AD, for accuracy before faithfulness (what it gains and loses: docs/experiments.md, 15).
+"""MVTec AD, for accuracy before faithfulness (what it gains and loses: docs/experiments.md, 17).
 
 python launch/main.py --config=configs/mvtec_plus.py --config.data.manual_dir=/data/mvtec_ad
 """

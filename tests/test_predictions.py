@@ -1,7 +1,5 @@
 """Files -> verdicts: names, reruns, interruptions, and a fuzz of all of it."""
 
-import csv
-import dataclasses
 import hashlib
 import json
 import os
@@ -9,70 +7,17 @@ import pathlib
 import shutil
 import tempfile
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from configs import default
 from prn_jax import evaluate, explain, pictures, predictions
-from prn_jax import mesh as meshes
-from prn_jax import predict as predict_module
 from prn_jax.errors import UserError
 from prn_jax.models.prn import PRN
 from prn_jax.tables import Asked
-
-
-@dataclasses.dataclass
-class Stub:
-    """A detector whose score is the image's mean; counts what it is given."""
-
-    digest: str = "one"
-    white_level: int = 0
-    config: object = dataclasses.field(default_factory=default.get_config)
-    calls: int = 0
-    stop_after: int = 10**9
-    mesh: object = dataclasses.field(default_factory=lambda: meshes.create_mesh(jax.devices()[:1]))
-    sizes: list = dataclasses.field(default_factory=list)
-
-    def inspect(self, images, batch_size, fill=False):
-        self.sizes.append(batch_size if fill else len(images))
-        if self.calls + len(images) > self.stop_after:
-            raise KeyboardInterrupt
-        self.calls += len(images)
-        maps = [np.full(x.shape[:2], x.mean() / 255, np.float32) for x in images]
-        scores = np.array([m.max(initial=0) for m in maps], np.float32)
-        return predict_module.Inspection(maps, scores, 2 * scores)
-
-    def describe(self, images):
-        return np.array([[x.mean()] for x in images])
-
-
-def draw(path, level, size=(5, 4), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((*size, 3), level, np.uint8)).save(path, **options)
-
-
-def predict(folder, output, stub, *, batch_size=16, normals=None, **asked):
-    names = predictions.find([str(folder)])
-    asked = Asked(**{"threshold": 0.5} | asked)
-    output = predictions.prepare(output)
-    return predictions.predict_files(
-        stub, names, output, asked, normals=normals, batch_size=batch_size
-    )
-
-
-def table(output):
-    with (output / "predictions.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def flat(row):
-    """A row as the CSV table has it."""
-    count = len(row["regions"]) if row["regions"] != "" else ""
-    return {name: str(value) for name, value in (row | {"regions": count}).items()}
+from tests.predicting import Stub, draw, flat, predict, table
 
 
 @pytest.fixture
@@ -175,85 +120,6 @@ def test_an_output_that_cannot_be_written_is_one_line(folder, tmp_path):
 
 
 # --- what one can work with -----------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Spots(Stub):
-    """A detector whose map is the image's brightness."""
-
-    def inspect(self, images, batch_size, fill=False):
-        found = super().inspect(images, batch_size, fill)
-        return found._replace(map=[np.float32(x.mean(-1) / 255) for x in images])
-
-
-def spotted(path, *spots, size=(30, 40)):
-    """A grey image with bright rectangles: (row, column, height, width)."""
-    image = np.full((*size, 3), 20, np.uint8)
-    for row, column, height, width in spots:
-        image[row : row + height, column : column + width] = 220
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
-
-
-def test_masks_and_regions_are_cut_at_the_pixel_threshold(tmp_path):
-    output = tmp_path / "out"
-    spotted(tmp_path / "in/a ü.png", (2, 3, 4, 5), (20, 30, 2, 3), (22, 33, 2, 1), (10, 10, 1, 1))
-    spotted(tmp_path / "in/b.png")
-    stub = Spots()
-    (a, b) = predict(tmp_path / "in", output, stub, pixel_threshold=0.5)
-    # The second touches the third by a corner.
-    assert [x["area"] for x in a["regions"]] == [20, 8, 1]
-    box = {x: a["regions"][1][x] for x in ("row", "column", "height", "width")}
-    assert box == {"row": 20, "column": 30, "height": 4, "width": 4}
-    assert a["regions"][0]["peak"] == a["regions"][0]["mean"] == pytest.approx(220 / 255, abs=1e-6)
-    assert (b["regions"], b["largest"]) == ([], 0)
-    assert [(x["regions"], x["largest"]) for x in table(output)] == [("3", "20"), ("0", "0")]
-    mask = np.asarray(Image.open(output / "a ü_mask.png"))
-    assert set(np.unique(mask)) == {0, 255}
-    assert (mask == 255).sum() == 29
-    # Around the regions the overlay has an outline.
-    overlay = np.asarray(Image.open(output / "a ü_overlay.png"))
-    assert (overlay[1, 3:8] == overlay[1, 3]).all()
-    assert (overlay[1, 4] != overlay[15, 20]).any()
-    # Another least area is another prediction, and so is another pixel threshold.
-    (a, _) = predict(tmp_path / "in", output, stub, pixel_threshold=0.5, min_area=9)
-    assert [x["area"] for x in a["regions"]] == [20]
-    assert (np.asarray(Image.open(output / "a ü_mask.png")) == 255).sum() == 20
-    assert stub.calls == 4
-    predict(tmp_path / "in", output, stub, pixel_threshold=0.5, min_area=9, threshold=0.1)
-    assert stub.calls == 4
-
-
-def test_maps_lie_where_the_benchmarks_own_evaluation_reads_them(tmp_path):
-    tifffile = pytest.importorskip("tifffile")
-    for name in ("good/000", "broken/000", "broken/001"):
-        spotted(tmp_path / f"mvtec/bottle/test/{name}.png", (3, 4, 5, 6))
-    images, maps = tmp_path / "mvtec/bottle/test", tmp_path / "maps"
-    stub = Spots()
-    predict(images, maps / "bottle/test", stub, pixel_threshold=0.5, maps="tiff")
-    # <anomaly_maps_dir>/<object>/test/<defect>/<image>.tiff: one real number per pixel.
-    for image in images.rglob("*.png"):
-        found = tifffile.imread(maps / "bottle/test" / image.parent.name / f"{image.stem}.tiff")
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, np.asarray(Image.open(image)).mean(-1) / 255, rtol=1e-6)
-    # They are no images, and they are not made twice.
-    with pytest.raises(UserError, match="left out 12 files of earlier predictions|no images"):
-        predictions.find([str(maps)])
-    predict(images, maps / "bottle/test", stub, pixel_threshold=0.5, maps="tiff")
-    assert stub.calls == 3
-    (maps / "bottle/test/good/000.tiff").unlink()
-    predict(images, maps / "bottle/test", stub, pixel_threshold=0.5, maps="tiff")
-    assert stub.calls == 4
-    predict(images, maps / "bottle/test", stub, pixel_threshold=0.5, maps="npy")
-    assert np.load(maps / "bottle/test/good/000_map.npy").dtype == np.float32
-
-
-def test_a_map_replaces_no_image(tmp_path):
-    draw(tmp_path / "a.tiff", 100)
-    before = (tmp_path / "a.tiff").read_bytes()
-    with pytest.raises(UserError, match=r"a.tiff would be replaced, and no prediction wrote it"):
-        predict(tmp_path, tmp_path, Stub(), maps="tiff")
-    assert (tmp_path / "a.tiff").read_bytes() == before
 
 
 def test_an_alarm_is_explained_by_the_normal_image_most_like_it(folder, tmp_path):
