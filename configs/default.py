@@ -165,8 +165,8 @@ def get_config() -> ConfigDict:
     # is marked whole as people mark, when at least this share of it does. Ours.
     config.synthesis.visible_change = 8
     config.synthesis.visible_share = 0.5
-    # An anomaly shows on at least this share of the image, else it is drawn anew, at most
-    # so many times (DiffusionAD: any pixel, 50 times). Ours.
+    # A simulated anomaly shows on at least this share of the image; what does not show is drawn
+    # anew, at most so many times (DiffusionAD: any pixel, 50 times). Ours.
     config.synthesis.min_area = 0.0002
     config.synthesis.attempts = 20
     # Half of a simulated anomaly changes by so many times the image's roughness (the median
@@ -197,6 +197,9 @@ def get_config() -> ConfigDict:
     config.synthesis.extended_together = 0.5
     # Regions of a seen mask below this many pixels are not moved by themselves.
     config.synthesis.min_region = 8
+    # What is pasted is softened, edges and all, by a Gaussian of so many pixels: a pasted edge is a
+    # step from one pixel to the next, a photographed one hardly ever is. 0: not. Ours.
+    config.synthesis.softness = 0.0
     # Probability and strength of the light augmentation that keeps the label: brightness by up to
     # +-10 % and a shift by up to `shift` of the side. Seen anomalies only: ten images are few.
     # Normals stay as they are, as in DiffusionAD.

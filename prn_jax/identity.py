@@ -47,6 +47,7 @@ _BEFORE = {
     "optimizer.average": 0.0,
     "optimizer.clip": 0.0,
     "prototypes.max_images": 1000,
+    "synthesis.softness": 0.0,
     "synthesis.turns": False,
     "tile_overlap": 32,
     "tiles": [1, 1],

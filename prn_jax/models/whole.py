@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
+from scipy import spatial
 
 from prn_jax.models.prototypes import k_means
 
@@ -109,7 +110,7 @@ def fit_whole(
 
     unit = spread(points - points.mean(axis=0))
     centres = np.asarray(jax.device_get(k_means((points / unit).astype(np.float32), k, key, mesh)))
-    squared = np.square((points / unit)[:, None] - centres).sum(axis=-1)
+    squared = spatial.distance.cdist(points / unit, centres, "sqeuclidean")
     centres = centres * unit
     within = spread(points - centres[np.argmin(squared, axis=1)])
     return {"centres": centres.astype(np.float32), "spread": within.astype(np.float32)}

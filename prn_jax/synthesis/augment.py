@@ -104,10 +104,17 @@ def hue_saturation(image: tf.Tensor, hue: tf.Tensor, saturation: tf.Tensor) -> t
 
 
 def sharpen(image: tf.Tensor, strength: tf.Tensor) -> tf.Tensor:
-    """Adds up to twice the difference from the 3x3 mean: 0 leaves the image."""
+    """Pillow's sharpness by a factor of 0 (smooth) to 2, as DRAEM's: 0.5 leaves the image.
+
+    Args:
+      image: uint8 [h, w, 3].
+      strength: in [0, 1].
+    """
     x = tf.cast(image, tf.float32)
     mean = tf.nn.avg_pool2d(x[None], 3, 1, "SAME")[0]
-    return tf.saturate_cast(tf.round(x + 2.0 * strength * (x - mean)), tf.uint8)
+    # Its smooth image counts the middle of nine five times.
+    detail = 9.0 / 13.0 * (x - mean)
+    return tf.saturate_cast(tf.round(x + (2.0 * strength - 1.0) * detail), tf.uint8)
 
 
 def rotate(image: tf.Tensor, angle: tf.Tensor) -> tf.Tensor:
@@ -138,7 +145,7 @@ def warp(
       mirror: what lies outside is the image mirrored, else 0.
 
     Returns:
-      [h, w, c] of the same type, bilinear.
+      [h, w, c] of the same type, bilinear; uint8 is rounded.
     """
     # The op wants the map from output to input: x_in = a0 x + a1 y + a2, y_in = b0 x + b1 y + b2.
     cos, sin = tf.cos(angle) / scale, tf.sin(angle) / scale
@@ -146,14 +153,15 @@ def warp(
     a2 = source[1] - a0 * target[1] - a1 * target[0]
     b2 = source[0] - b0 * target[1] - b1 * target[0]
     transform = tf.stack([a0, a1, a2, b0, b1, b2, 0.0, 0.0])
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=image[None],
+    moved = tf.raw_ops.ImageProjectiveTransformV3(
+        images=tf.cast(image, tf.float32)[None],  # of uint8 it would cut values off
         transforms=transform[None],
         output_shape=tf.shape(image)[:2],
         fill_value=0.0,
         interpolation="BILINEAR",
         fill_mode="REFLECT" if mirror else "CONSTANT",
     )[0]
+    return tf.cast(tf.round(moved), image.dtype) if image.dtype.is_integer else moved
 
 
 def _lookup_table(image: tf.Tensor, use: list[tf.Tensor], strength: tf.Tensor) -> tf.Tensor:
@@ -173,8 +181,9 @@ def _lookup_table(image: tf.Tensor, use: list[tf.Tensor], strength: tf.Tensor) -
         return table * (0.8 + 0.4 * strength[3]) + 60.0 * (strength[4] - 0.5)
 
     def solarize(table):
+        # DRAEM's acts half the time that it is drawn.
         threshold = 32.0 + 96.0 * strength[5]
-        return tf.where(table >= threshold, 255.0 - table, table)
+        return tf.where((table >= threshold) & (strength[7] >= 0.5), 255.0 - table, table)
 
     def posterize(table):
         step = 2.0 ** tf.floor(1.0 + 5.0 * strength[6])  # 7 down to 3 bits

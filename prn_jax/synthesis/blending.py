@@ -1,5 +1,7 @@
 """How content is laid on an image, and whether what was laid on it shows."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 
@@ -20,6 +22,27 @@ def blend(image: tf.Tensor, content: tf.Tensor, weight: tf.Tensor, opacity: tf.T
     below = tf.cast(image, tf.float32)
     mixed = below + weight * (tf.cast(content, tf.float32) - below)
     return tf.cast(tf.round(mixed), tf.uint8)
+
+
+def soften(image: tf.Tensor, made: tf.Tensor, sigma: float) -> tf.Tensor:
+    """`image + gaussian(made - image)`: what was pasted, with edges as soft as a lens gives them.
+
+    Args:
+      image: uint8 [h, w, 3].
+      made: the image with something pasted, uint8 [h, w, 3].
+      sigma: pixels; 0 leaves `made`.
+    """
+    if not sigma:
+        return made
+    reach = math.ceil(3 * sigma)
+    weight = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / sigma))
+    kernel = np.tile((weight / weight.sum()).astype(np.float32)[:, None, None, None], (1, 1, 3, 1))
+    below = tf.cast(image, tf.float32)
+    change = tf.cast(made, tf.float32) - below
+    change = tf.pad(change, [[reach, reach], [reach, reach], [0, 0]], "SYMMETRIC")[None]
+    for axes in ((0, 1, 2, 3), (1, 0, 2, 3)):
+        change = tf.nn.depthwise_conv2d(change, kernel.transpose(axes), [1] * 4, "VALID")
+    return tf.saturate_cast(tf.round(below + change[0]), tf.uint8)
 
 
 def difference(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

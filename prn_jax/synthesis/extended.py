@@ -29,7 +29,7 @@ class Pieces:
         piece is its whole mask; its connected regions follow where there are several.
       number: which of the given images a piece is of, int [r].
       region: uint8 [r, h, w] in {0, 1}.
-      centre: the middle of its bounding box, (row, column), float32 [r, 2].
+      centre: the middle of its bounding box, (row, column), whole pixels, float32 [r, 2].
     """
 
     types: np.ndarray
@@ -62,7 +62,6 @@ class Extend:
         grey: bool = False,
     ):
         self._config, self._grey = config, grey
-        self._min_pixels = max(1, round(config.min_area * masks[0].size))
         pieces = cut_pieces(masks, defects, config.min_region)
         self._count = len(pieces)
         self._images = tf.constant(images)
@@ -96,11 +95,11 @@ class Extend:
 
         def attempt(number, pasted, image, mask):
             made, region = self._paste(image, foreground, points, Draws(draws.seed(number), 16))
-            visible = count(region & (difference(normal, made) >= config.visible_change))
-            # Real defects are as plain as they are: no contrast is asked for.
-            shows = (visible >= self._min_pixels) & (
-                visible >= config.visible_share * count(region)
-            )
+            # Neither what was pasted before nor what looks normal again counts.
+            change = tf.minimum(difference(normal, made), difference(image, made))
+            visible = count(region & (change >= config.visible_change))
+            # Real defects are as plain and as small as they are: no more is asked for.
+            shows = (visible >= 1) & (visible >= config.visible_share * count(region))
             return (
                 number + 1,
                 pasted + tf.cast(shows, tf.int32),
@@ -181,7 +180,7 @@ def cut_pieces(masks: np.ndarray, defects: Sequence[str], min_pixels: int) -> Pi
         number += [i] * len(own)
         region += own
     bounds = [ndimage.find_objects(x.astype(int))[0] for x in region]
-    centre = [[(axis.start + axis.stop - 1) / 2 for axis in bound] for bound in bounds]
+    centre = [[(axis.start + axis.stop - 1) // 2 for axis in bound] for bound in bounds]
     return Pieces(
         np.array([*types, len(images)]),
         np.array([*images, len(number)]),

@@ -37,7 +37,7 @@ _JUDGES, _KNOWN = 32, 2000
 # common one in the frame.
 _AGREEMENT, _MOST_IN_FRAME = 0.5, 0.02
 # Raise it when the estimate changes: what was cached is then made anew.
-_VERSION = 3
+_VERSION = 4
 
 
 def cached_foreground(images: np.ndarray, folder: epath.PathLike) -> tuple[np.ndarray, bool]:
@@ -106,10 +106,18 @@ def estimate_foreground(images: np.ndarray) -> tuple[np.ndarray, bool]:
         return np.ones(images.shape[:3], np.uint8), False
     foreground = np.empty(images.shape[:3], np.uint8)
     for whole, product in zip(foreground, products):
-        large = product.repeat(step, axis=0).repeat(step, axis=1)
+        large = _enlarge(product, step)
         # An image in which nothing was found is all foreground rather than none.
         whole[:] = large[: images.shape[1], : images.shape[2]] if product.any() else 1
     return foreground, True
+
+
+def _enlarge(product: np.ndarray, step: int) -> np.ndarray:
+    """A mask `step` times as large, without the staircase that its pixels would leave."""
+    if step == 1:
+        return product
+    large = product.repeat(step, axis=0).repeat(step, axis=1)
+    return ndimage.gaussian_filter(large.astype(np.float32), step) >= 0.5
 
 
 def _unlike_frame(images: np.ndarray) -> np.ndarray | None:

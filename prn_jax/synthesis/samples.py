@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from prn_jax import disk
 from prn_jax.synthesis import augment
 from prn_jax.synthesis.augment import Draws
-from prn_jax.synthesis.blending import blend, is_grey, to_grey
+from prn_jax.synthesis.blending import blend, is_grey, soften, to_grey
 from prn_jax.synthesis.extended import Extend
 from prn_jax.synthesis.foreground import foreground_points
 from prn_jax.synthesis.pose import free_turns, turn
@@ -79,7 +79,7 @@ class SampleMaker:
             self._extend = Extend(seen, seen_mask, seen_defect, config.synthesis, grey)
         self._min_pixels = max(1, round(config.synthesis.min_area * size[0] * size[1]))
         self._roi = tf.constant(np.ones(size) if roi is None else roi, tf.uint8)
-        self._roughness = tf.constant(roughness(normal))
+        self._roughness = tf.constant(roughness(normal, foreground))
         self._turns = free_turns(normal, roi) if config.synthesis.turns else []
         if self._turns:
             logging.info("samples lie in %d of 8 ways, as the normal images do", len(self._turns))
@@ -161,7 +161,7 @@ class SampleMaker:
             self._points[index],
             Draws(seed),
         )
-        return self._or_square(image, mask, index, seed)
+        return self._finished(image, mask, index, seed)
 
     def _simulated(self, index, seed):
         # Where the image is rough by itself, an anomaly must stand out from that.
@@ -169,15 +169,17 @@ class SampleMaker:
         image, mask = self._simulate(
             self._row("normal", index), self._row("foreground", index) > 0, contrast, seed
         )
-        return self._or_square(image, mask, index, seed)
+        return self._finished(image, mask, index, seed)
 
-    def _or_square(self, image, mask, index, seed):
+    def _finished(self, image, mask, index, seed):
+        """The sample, or a square where nothing showed; softened, as far as that is asked for."""
+        normal = self._row("normal", index)
         image, mask = tf.cond(
             tf.reduce_any(mask),
             lambda: (image, mask),
-            lambda: self._square(self._row("normal", index), self._points[index], Draws(seed)),
+            lambda: self._square(normal, self._points[index], Draws(seed)),
         )
-        return image, tf.cast(mask, tf.uint8)
+        return soften(normal, image, self._config.softness), tf.cast(mask, tf.uint8)
 
     def _square(self, normal, points, draws):
         """What is left when every attempt failed: a square of other grey values, always seen."""

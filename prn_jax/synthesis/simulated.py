@@ -124,16 +124,19 @@ class Simulate:
         return image
 
 
-def roughness(images: np.ndarray) -> np.ndarray:
+def roughness(images: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     """How much neighbouring pixels differ by themselves: 1 on a smooth product, 8 on gravel.
 
     Args:
       images: uint8 [n, h, w, 3].
+      foreground: where the product is, [n, h, w] in {0, 1}; what lies around it does not count.
 
     Returns:
-      Median difference of horizontal neighbours' grey values, float32 [n].
+      Median difference of horizontal neighbours' grey values, float32 [n]; 0 where there are none.
     """
-    return np.array(
-        [np.median(np.abs(np.diff(image.mean(-1, dtype=np.float32)))) for image in images],
-        np.float32,
-    )
+    found = np.zeros(len(images), np.float32)
+    for number, (image, on) in enumerate(zip(images, foreground)):
+        pairs = (on[:, 1:] > 0) & (on[:, :-1] > 0)
+        if pairs.any():
+            found[number] = np.median(np.abs(np.diff(image.mean(-1, dtype=np.float32)))[pairs])
+    return found

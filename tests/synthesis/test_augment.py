@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
 from prn_jax.synthesis import augment
@@ -121,3 +121,12 @@ def test_draws_are_within_their_ranges_and_run_out_loudly():
     assert {int(draws.integer(3)) for _ in range(20)} == {0, 1, 2}
     with pytest.raises(ValueError, match="more random numbers"):
         draws.vector(30)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 0.9])
+def test_sharpness_is_pillows(image, strength):
+    found = augment.sharpen(tf.constant(image), number(strength)).numpy()
+    expected = ImageEnhance.Sharpness(Image.fromarray(image)).enhance(2 * strength)
+    difference = np.abs(found.astype(int) - np.asarray(expected))[1:-1, 1:-1]
+    assert difference.max() <= 2  # Pillow rounds on the way
+    assert difference.mean() < 0.6

@@ -8,10 +8,10 @@ from configs import default
 from prn_jax.errors import UserError
 from prn_jax.synthesis import extended, foreground, textures
 from prn_jax.synthesis.augment import Draws
-from prn_jax.synthesis.blending import blend, difference, shown_part, to_grey
+from prn_jax.synthesis.blending import blend, difference, shown_part, soften, to_grey
 from prn_jax.synthesis.perlin import PerlinNoise
 from prn_jax.synthesis.samples import SEEN, SampleMaker
-from prn_jax.synthesis.simulated import Simulate
+from prn_jax.synthesis.simulated import Simulate, roughness
 
 
 def seed(number):
@@ -123,7 +123,7 @@ def test_pieces_are_scipys_regions_and_whole_masks():
         assert (masks[number][region > 0] == 1).all()
         rows, columns = np.nonzero(region)
         np.testing.assert_allclose(
-            centre, [(rows[0] + rows[-1]) / 2, (columns.min() + columns.max()) / 2]
+            centre, [(rows[0] + rows[-1]) // 2, (columns.min() + columns.max()) // 2]
         )
 
 
@@ -181,15 +181,15 @@ def test_an_untransformed_piece_is_a_cut_and_paste():
     rng = np.random.default_rng(0)
     source = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
     mask = np.zeros((32, 32), np.uint8)
-    mask[4:9, 6:13] = 1  # the middle is (6, 9)
+    mask[4:10, 6:13] = 1  # the middle is (6.5, 9), and (6, 9) in whole pixels
     extend = extended.Extend(source[None], mask[None], ["scratch"], config)
     image = np.zeros((32, 32, 3), np.uint8)
     point = tf.constant([[20.0, 17.0]])
     everywhere = tf.ones((32, 32), tf.bool)
     made, where = extend(tf.constant(image), everywhere, point, Draws(seed(0)))
     np.testing.assert_array_equal(where.numpy(), np.roll(mask, (14, 8), (0, 1)) > 0)
-    np.testing.assert_array_equal(made.numpy()[18:23, 14:21], source[4:9, 6:13])
-    assert made.numpy().sum() == source[4:9, 6:13].sum()
+    np.testing.assert_array_equal(made.numpy()[18:24, 14:21], source[4:10, 6:13])
+    assert made.numpy().sum() == source[4:10, 6:13].sum()
 
 
 def paste(config, sources, masks, names, number=0, image=None, middle=(20.0, 17.0)):
@@ -236,10 +236,42 @@ def test_all_regions_of_a_mask_are_pasted_as_they_lie(plain_paste):
     plain_paste.extended_together = 1.0
     source = np.full((32, 32, 3), 200, np.uint8)
     mask = rectangle((4, 9), (6, 13)) | rectangle((15, 20), (2, 8))
-    _, where = paste(plain_paste, [source], [mask], ["dent"], middle=(17.5, 17.0))
+    _, where = paste(plain_paste, [source], [mask], ["dent"], middle=(17.0, 17.0))
     labels, count = ndimage.label(where)
     assert count == 2
     np.testing.assert_array_equal(np.roll(where, (-6, -10), (0, 1)), mask > 0)
+
+
+def test_a_small_dot_is_pasted_too(plain_paste):
+    plain_paste.min_area = 0.5
+    bright, dot = np.full((32, 32, 3), 200, np.uint8), rectangle((4, 5), (6, 8))
+    made, where = paste(plain_paste, [bright], [dot], ["dot"])
+    assert where.sum() == 2
+    assert (made[where] == 200).all()
+
+
+@pytest.mark.parametrize("sigma", [0.6, 1.5])
+def test_what_is_pasted_is_softened_as_by_scipy(sigma):
+    rng = np.random.default_rng(0)
+    image = rng.integers(60, 160, (24, 30, 3)).astype(np.uint8)
+    made = image.copy()
+    made[:9, 5:12] += 80
+    found = soften(tf.constant(image), tf.constant(made), sigma).numpy()
+    change = made.astype(float) - image
+    reach = {"truncate": np.ceil(3 * sigma) / sigma, "mode": "reflect"}
+    expected = image + ndimage.gaussian_filter(change, (sigma, sigma, 0), **reach)
+    assert np.abs(found - expected).max() <= 0.501
+    np.testing.assert_array_equal(soften(tf.constant(image), tf.constant(made), 0.0), made)
+
+
+def test_a_rough_product_on_a_smooth_table_is_rough():
+    rng = np.random.default_rng(0)
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    images[:, 10:20, 10:20] = rng.integers(0, 200, (2, 10, 10, 1))
+    on = np.zeros((2, 32, 32), np.uint8)
+    on[0, 10:20, 10:20] = 1
+    expected = np.median(np.abs(np.diff(images[0, 10:20, 10:20, 0].astype(float))))
+    np.testing.assert_allclose(roughness(images, on), [expected, 0])
 
 
 def test_where_no_attempt_is_plain_enough_the_last_one_stays():
@@ -294,6 +326,17 @@ def boards(product, shape=(128, 144)):
         masks.append(body | leads)
         pictures.append(np.clip(picture + rng.normal(0, 5, (*shape, 3)), 0, 255))
     return np.stack(pictures).astype(np.uint8), np.stack(masks)
+
+
+def test_an_outline_has_no_staircase():
+    y, x = np.mgrid[:256, :256]
+    below = (x - 128) + 2 * (y - 128) > 0
+    pictures = np.where((below & (abs(x - 128) < 90) & (abs(y - 128) < 90))[..., None],
+                        [60, 90, 160], [230, 228, 225]).astype(np.uint8)[None]  # fmt: skip
+    found, _ = foreground.estimate_foreground(pictures)
+    blocks = found[0].reshape(128, 2, 128, 2)
+    mixed = (blocks.max((1, 3)) != blocks.min((1, 3)))[30:100, 30:100]
+    assert mixed.any(0).mean() > 0.9  # its border runs through squares of two pixels
 
 
 def test_an_aligned_product_is_found_on_a_structured_background():
