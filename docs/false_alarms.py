@@ -31,14 +31,15 @@ def main() -> None:
     """Prints a line per draw and the means."""
     import jax
 
-    from prn_jax import evaluate, experiment, input_pipeline, thresholds, train
+    from prn_jax import evaluate, input_pipeline, thresholds, train
     from prn_jax import mesh as meshes
+    from prn_jax.fields import checked
     from prn_jax.models.memory import choose_patches
     from prn_jax.models.prn import create_model
     from prn_jax.models.prototypes import num_prototypes
     from prn_jax.models.whole import fit_whole
 
-    config = experiment.checked(CONFIG.value)
+    config = checked(CONFIG.value)
     config.total_steps, config.memory.patches, config.data.holdout = 0, PATCHES.value, 0.0
     mesh = meshes.create_mesh(jax.devices()[:1])
     data = input_pipeline.load_category(config, config.category)

@@ -26,12 +26,13 @@ def main() -> None:
     import jax
     from scipy import ndimage
 
-    from prn_jax import evaluate, experiment, input_pipeline, metrics, train
+    from prn_jax import evaluate, input_pipeline, metrics, train
     from prn_jax import mesh as meshes
+    from prn_jax.fields import checked
     from prn_jax.models.prn import create_model
     from prn_jax.models.prototypes import num_prototypes
 
-    config = experiment.checked(CONFIG.value)
+    config = checked(CONFIG.value)
     config.data.holdout, config.memory.patches = 0.2, 0
     mesh = meshes.create_mesh(jax.devices()[:1])
     data = input_pipeline.load_category(config, config.category)

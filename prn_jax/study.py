@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from prn_jax import experiment, pretrained, results
 from prn_jax.checkpoints import holds_checkpoints
 from prn_jax.errors import Interrupted, UserError
+from prn_jax.fields import checked
 from prn_jax.identity import lock
 
 # Where the runs import this package from, be it installed or not.
@@ -167,7 +168,7 @@ def varied_config(config: ConfigDict, fields: dict[str, str]) -> ConfigDict:
         own(arguments)
     except (AttributeError, flags.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--vary {' '.join(arguments[1:])}: {error}") from error
-    return experiment.checked(holder.value)
+    return checked(holder.value)
 
 
 def folder_name(variation: str) -> str:

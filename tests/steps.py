@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from configs import demo, folder
 from prn_jax import evaluate, experiment, fitting, input_pipeline, metrics, train
 from prn_jax import mesh as meshes
+from prn_jax.fields import checked
 from prn_jax.models.prn import create_model
 from prn_jax.models.prototypes import num_prototypes
 from tests import tiny
@@ -32,7 +33,7 @@ def small_config(records, **changes):
         "attention.layers": 1, "fusion.enabled": True, "prototypes.iterations": 5,
         "optimizer.learning_rate": 1e-3,
     } | changes)  # fmt: skip
-    return experiment.checked(config)
+    return checked(config)
 
 
 def train_briefly(root):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from configs import ablations, mvtec
-from prn_jax import experiment, results, study, study_tables
+from prn_jax import results, study, study_tables
 from prn_jax.errors import UserError
+from prn_jax.fields import checked
 from prn_jax.identity import as_dict, lock
 
 CATEGORIES, SEEDS = ("bottle", "metal_nut"), (0, 2)
@@ -20,7 +21,7 @@ CATEGORIES, SEEDS = ("bottle", "metal_nut"), (0, 2)
 def make_plan(workdir):
     config = mvtec.get_config()
     config.backbone.weights = "random"
-    config = experiment.checked(config)
+    config = checked(config)
     return study.plan(config, CATEGORIES, SEEDS, workdir, ["--config=configs/mvtec.py"])
 
 
@@ -197,7 +198,7 @@ def test_fields_make_a_grid_and_commas_in_brackets_belong_to_a_value():
 
 
 def test_a_varied_study_has_a_row_per_variation(tmp_path):
-    config = experiment.checked(mvtec.get_config())
+    config = checked(mvtec.get_config())
     variations = ablations.variations(config)
     runs = study.plan(
         config, CATEGORIES, SEEDS, tmp_path, ["--config=configs/mvtec.py"], variations

@@ -13,7 +13,7 @@ from configs import default
 from prn_jax import evaluate, experiment, fitting, input_pipeline, splits
 from prn_jax import mesh as meshes
 from prn_jax import predict as prediction
-from prn_jax.errors import UserError
+from prn_jax.fields import checked
 from prn_jax.models.prn import PRN
 from prn_jax.tiles import Tiling
 from tests import tiny
@@ -77,21 +77,6 @@ def test_tiles_are_the_image_where_they_lie(tiling):
     for place in range(tiling.count):
         np.testing.assert_array_equal(tiles[place :: tiling.count], tiling.at(images, place))
     np.testing.assert_array_equal(tiling.blend(tiles.astype(np.float32)), images)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"tiles": (0, 2)}, r"tiles=\(0, 2\): give \(rows, columns\)"),
-        ({"tiles": (2, 2), "tile_overlap": 129}, "tile_overlap=129: give 0 to 128 pixels"),
-        ({"tiles": (1, 2), "tile_overlap": -1}, "tile_overlap=-1: give 0 to 128"),
-    ],
-)
-def test_fields_are_checked(fields, message):
-    config = default.get_config()
-    config.update(fields)
-    with pytest.raises(UserError, match=message):
-        experiment.checked(config)
 
 
 # --- maps, scores, distances ----------------------------------------------------------------------
@@ -206,7 +191,7 @@ def small_config(**fields):
     config = default.get_config()
     config.image_size, config.tiles, config.tile_overlap = (SIDE, SIDE), GRID.grid, OVERLAP
     config.update(fields)
-    return experiment.checked(config)
+    return checked(config)
 
 
 def test_prototypes_are_those_of_their_place():

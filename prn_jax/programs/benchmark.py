@@ -29,9 +29,10 @@ def main() -> None:
     import jax.numpy as jnp
 
     from prn_jax import benchmark, experiment, mesh
+    from prn_jax.fields import checked
     from prn_jax.models.prn import compute_dtype
 
-    config = experiment.checked(CONFIG.value)
+    config = checked(CONFIG.value)
     about = {"what": WHAT.value, **benchmark.describe_device()}
     if not JSON.value:
         print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
@@ -47,7 +48,7 @@ def main() -> None:
     measure = benchmark.measure_train if WHAT.value == "train" else benchmark.measure_infer
     for dtype in DTYPES.value or [config.dtype]:
         config.dtype = dtype
-        config = experiment.checked(config)
+        config = checked(config)
         dtype = jnp.dtype(compute_dtype(config)).name
         peak = benchmark.matmul_peak(dtype)
         for batch_size in BATCH_SIZES.value or [config.batch_size]:

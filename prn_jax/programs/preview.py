@@ -24,8 +24,9 @@ flags.mark_flags_as_required(["config"])
 def main() -> None:
     """Writes one sheet per category."""
     from prn_jax import experiment, input_pipeline, pictures, preview
+    from prn_jax.fields import checked
 
-    config = experiment.checked(CONFIG.value)
+    config = checked(CONFIG.value)
     output = pathlib.Path(os.path.expanduser(OUTPUT.value))
     names = experiment.categories(config)
     for name in names:

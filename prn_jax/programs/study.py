@@ -76,8 +76,9 @@ def main() -> None:
 def _categories(config: "ConfigDict") -> list[str]:
     """Those that are asked for, each known to be there."""
     from prn_jax import datasets, experiment
+    from prn_jax.fields import checked
 
-    config = experiment.checked(config)
+    config = checked(config)
     names = list(dict.fromkeys(name.strip() for name in CATEGORIES.value)) or [config.category]
     if "all" in names:
         config.category = "all"

@@ -7,8 +7,8 @@ import pytest
 from scipy import ndimage
 
 from configs import default
-from prn_jax import experiment
 from prn_jax.errors import UserError
+from prn_jax.fields import checked
 from prn_jax.identity import Identity, as_dict
 from prn_jax.models import memory
 from prn_jax.models.prn import PRN, create_model
@@ -96,7 +96,7 @@ def test_untrained_a_strange_patch_stands_out_wherever_it_lies():
 
 
 def shapes_of(**fields):
-    config = experiment.checked(default.get_config())
+    config = checked(default.get_config())
     config.update_from_flattened_dict(fields)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     return jax.eval_shape(create_model(config, 2).init, jax.random.key(0), image)
@@ -127,11 +127,11 @@ def test_a_memory_that_makes_no_sense_is_refused(field, value):
     config = default.get_config()
     config.memory[field] = value
     with pytest.raises(UserError, match=rf"memory\.{field}="):
-        experiment.checked(config)
+        checked(config)
 
 
 def test_an_untrained_run_is_not_gone_on_with():
-    config = experiment.checked(default.get_config())
+    config = checked(default.get_config())
     config.memory.patches = 8
     trained = Identity("demo", "gravel", "", (), 20, 0, as_dict(config))
     config.total_steps = 0

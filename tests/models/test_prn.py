@@ -5,9 +5,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import default
-from prn_jax import evaluate, experiment
+from prn_jax import evaluate
 from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
+from prn_jax.fields import checked
 from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.layers import upsample
 from prn_jax.models.prn import PRN, compute_dtype
@@ -74,7 +75,7 @@ def test_an_image_is_not_enlarged_without_end():
     for wrong in ((3,), (), (0, 0), (1.0,), (True,)):
         config.backbone.doublings = wrong
         with pytest.raises(UserError, match=r"backbone.doublings=.*: give some of 0, 1, 2, each"):
-            experiment.checked(config)
+            checked(config)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))

@@ -1,0 +1,40 @@
+"""What the fields of a configuration may be."""
+
+import pytest
+
+from configs import default
+from prn_jax import program
+from prn_jax.errors import UserError
+from prn_jax.fields import checked
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image_size": (100, 128)}, r"image_size=\(100, 128\): .* a multiple of 32"),
+        ({"batch_size": 0}, "batch_size=0: give a number greater than 0"),
+        ({"tiles": (0, 2)}, r"tiles=\(0, 2\): give \(rows, columns\)"),
+        ({"tiles": (2, 2), "tile_overlap": 129}, "tile_overlap=129: give 0 to 128 pixels"),
+        ({"tiles": (1, 2), "tile_overlap": -1}, "tile_overlap=-1: give 0 to 128"),
+        ({"optimizer.warmup": 1.0}, "optimizer.warmup=1.0: give a share from 0 to below 1"),
+        ({"synthesis.max_textures": 0}, "synthesis.max_textures=0: give 1 or more"),
+        ({"synthesis.shuffle_grid": 0}, "synthesis.shuffle_grid=0: give 1 or more"),
+        ({"synthesis.self_source": 2.0}, "synthesis.self_source=2.0: give a share from 0 to 1"),
+        ({"synthesis.softness": -1.0}, "synthesis.softness=-1.0: give 0 or more"),
+        ({"synthesis.extended_scale": (1.5, 0.5)}, "extended_scale=.*: give the least and the"),
+        ({"synthesis.simulated_opacity": (0.5, 2.0)}, "_opacity: give at most 1"),
+    ],
+)
+def test_a_field_out_of_its_range_is_named(given, message):
+    config = default.get_config().unlock()
+    config.update_from_flattened_dict(given)
+    with pytest.raises(UserError, match=message):
+        checked(config)
+
+
+@pytest.mark.parametrize("name", program.config_names())
+def test_every_configuration_passes(name):
+    config = __import__(f"configs.{name}", fromlist=["get_config"]).get_config()
+    before = config.to_json()
+    checked(config)
+    assert config.to_json() == before
