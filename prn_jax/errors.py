@@ -13,11 +13,12 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The program was asked to stop and what it had is saved.
 
-    Programs print the message and exit with status 128 + the signal, as job systems expect
-    of what did not come to its end: 143 after SIGTERM, 130 after Ctrl-C.
+    As with KeyboardInterrupt, no library takes it for an error of its own. Programs print the
+    message and exit with status 128 + the signal, as job systems expect of what did not come to its
+    end: 143 after SIGTERM, 130 after Ctrl-C.
     """
 
     def __init__(self, message: str, number: int = signal.SIGTERM):

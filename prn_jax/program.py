@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -256,7 +257,13 @@ def _ours(record: python_logging.LogRecord) -> bool:
 
 
 def _report_unraisable(unraisable) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+    error = unraisable.exc_value
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        # Asked to stop amid a callback, as JAX has one in the garbage collection, where an
+        # exception ends nothing: asked again when that is over.
+        number = getattr(error, "number", signal.SIGINT)
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    elif str(error) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 from importlib import metadata
 
@@ -45,6 +46,38 @@ def test_memory_is_in_huge_pages_where_programs_decide(tmp_path, given, as_modul
     tunables = ":".join(filter(None, expected))
     assert after == f"{number} {sys.prefix} a b ['ä', '*'] {tunables}"
     assert before == [number] * len(before)
+
+
+STOPPED = """
+import gc, os, time
+from prn_jax import program
+
+def main():
+    def callback(phase, info):
+        if phase == "stop":
+            gc.callbacks.remove(callback)
+            os.kill(os.getpid(), NUMBER)
+            time.sleep(0.1)  # the handler runs here, where its exception ends nothing
+
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(20)
+    print("went on")
+
+if __name__ == "__main__":
+    program.run(main, afterwards="the same command goes on")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_amid_a_callback_is_a_stop(tmp_path, number):
+    path = tmp_path / "stopped.py"
+    path.write_text(STOPPED.replace("NUMBER", str(int(number))))
+    finished = execute([sys.executable, str(path)], PYTHONPATH=os.getcwd())
+    assert finished.returncode == 128 + number
+    assert finished.stdout == ""
+    assert finished.stderr.endswith("; the same command goes on\n")
+    assert len(finished.stderr.splitlines()) == 1
 
 
 CONV = """
