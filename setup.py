@@ -48,8 +48,10 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "cuda12": ["jax[cuda12]>=0.8.1"],
         "cuda13": ["jax[cuda13]>=0.8.1"],
-        "tpu": ["jax[tpu]>=0.8.1"],
+        "tpu": ["jax[tpu]>=0.8.1", "google-cloud-storage>=2.10"],
+        "gcs": ["google-cloud-storage>=2.10"],  # Orbax wants it for checkpoints in a bucket
         "demo": ["scikit-image>=0.24"],
         "ray": ["ray[data]>=2.40"],
         "export": ["jax2onnx>=0.17.1", "onnx>=1.23", "onnxruntime>=1.32", "openvino>=2026.4"],

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: asks for a spot slice, waits, installs, runs on all its workers.
 #
-#   PROJECT=my-project ZONE=us-east5-b launch/tpu_vm.sh create
-#   launch/tpu_vm.sh install
-#   BUCKET=gs://my-bucket launch/tpu_vm.sh run --config=configs/mvtec.py
-#   launch/tpu_vm.sh logs      # follows a run, which goes on without this terminal
-#   launch/tpu_vm.sh stop      # saves and ends it
+#   export PROJECT=my-project ZONE=us-east5-b BUCKET=gs://my-bucket
+#   launch/tpu_vm.sh create
+#   launch/tpu_vm.sh install    # what is committed here
+#   launch/tpu_vm.sh run --config=configs/mvtec.py
+#   launch/tpu_vm.sh logs       # follows a run, which goes on without this terminal
+#   launch/tpu_vm.sh stop       # saves and ends it, and returns when that is done
 #   launch/tpu_vm.sh delete
 #
 # The TFRecords are in $BUCKET/tfds. The machine that has the raw images writes them there:
@@ -20,11 +21,11 @@ ZONE=${ZONE:-us-east5-b}
 PROJECT=${PROJECT:-$(gcloud config get-value project 2>/dev/null || true)}
 TYPE=${TYPE:-v6e-8}                    # accelerator type of the slice
 RUNTIME=${RUNTIME:-v2-alpha-tpuv6e}    # v5litepod-*: v2-alpha-tpuv5-lite
-REPOSITORY=${REPOSITORY:-$(git -C "$(dirname "$0")" remote get-url origin 2>/dev/null || true)}
 WHERE=(--zone="$ZONE" --project="$PROJECT")
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
 
 usage() {
-  sed -n '2,15s/^# \{0,1\}//p' "$0"
+  sed -n '2,17s/^# \{0,1\}//p' "$0"
   exit "${1:-1}"
 }
 
@@ -40,8 +41,12 @@ needs() {
 action=$1
 shift
 case $action in
+  create | install | run | logs | stop | delete) needs PROJECT "the Google Cloud project" ;;
+  -h | --help | help) usage 0 ;;
+  *) usage ;;
+esac
+case $action in
   create)
-    needs PROJECT "the Google Cloud project"
     gcloud compute tpus queued-resources create "$NAME" "${WHERE[@]}" \
       --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" --spot
     until state=$(gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" \
@@ -52,29 +57,35 @@ case $action in
     done
     ;;
   install)
-    needs REPOSITORY "the URL to clone the project from"
+    git -C "$ROOT" diff --quiet HEAD || echo "what is not committed stays here"
+    bundle=$(mktemp -d)/prn-jax.bundle
+    trap 'rm -r "$(dirname "$bundle")"' EXIT
+    git -C "$ROOT" bundle create --quiet "$bundle" HEAD
+    gcloud compute tpus tpu-vm scp "$bundle" "$NAME:" "${WHERE[@]}" --worker=all
+    # uv brings a Python of its own, whatever the image has.
     on all "set -e
-      sudo apt-get install -y -q python3.11-venv
-      [ -d prn-jax ] || git clone -q '$REPOSITORY' prn-jax
-      cd prn-jax && git pull -q
-      [ -d .venv ] || python3.11 -m venv .venv
-      .venv/bin/pip install -q -e '.[tpu]'"
+      git init -q prn-jax && cd prn-jax
+      git fetch -q ../prn-jax.bundle HEAD && git checkout -q --force FETCH_HEAD
+      [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+      [ -d .venv ] || ~/.local/bin/uv venv -q --python=3.11 .venv
+      ~/.local/bin/uv pip install -q --python=.venv -e '.[demo,tpu]'"
     ;;
   run)
     needs BUCKET "gs://..., for the data and the results"
     # Quoted twice: once for this shell, once for the workers'.
     arguments=$(printf ' %q' "$@")
-    on all "cd prn-jax && nohup .venv/bin/python launch/main.py \
+    on all "cd prn-jax && { nohup .venv/bin/python launch/main.py \
       --workdir='$BUCKET/runs/$NAME' --config.data.data_dir='$BUCKET/tfds' \
-      --config.data.manual_dir= $arguments \
-      >train.log 2>&1 </dev/null &"
-    on 0 "tail -F prn-jax/train.log"
+      --config.data.manual_dir= $arguments >train.log 2>&1 </dev/null & }"
+    on all "tail -F prn-jax/train.log"  # process 0, which says most, may be on any of them
     ;;
-  logs) on 0 "tail -n 40 -F prn-jax/train.log" ;;
-  stop) on all "pkill -TERM -f launch/main.py" ;;
+  logs) on all "tail -n 40 -F prn-jax/train.log" ;;
+  stop)
+    # In brackets, so that the pattern does not match the shell that looks for it.
+    on all "pkill -TERM -f '[l]aunch/main.py'
+      while pgrep -f '[l]aunch/main.py' >/dev/null; do sleep 1; done"
+    ;;
   delete)
     gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
     ;;
-  -h | --help | help) usage 0 ;;
-  *) usage ;;
 esac

@@ -263,6 +263,13 @@ def _writable(folder: epath.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _unwritable(folder, error.strerror or str(error)) from error
+    except ImportError as error:
+        if "google" not in str(error):
+            raise
+        raise UserError(
+            f"{shown(folder)}: Orbax wants google-cloud-storage for checkpoints in a bucket: "
+            "pip install 'prn-jax[gcs]'"
+        ) from error
     except ValueError as error:
         # TensorStore's errors begin with a status and end with what the system said.
         if not re.match("[A-Z_]+: ", str(error)):

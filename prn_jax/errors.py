@@ -1,8 +1,10 @@
 """The exceptions that programs turn into one line, and how paths are written in it."""
 
+import contextlib
 import os
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
 
 class UserError(Exception):
@@ -24,6 +26,18 @@ class Interrupted(BaseException):
     def __init__(self, message: str, number: int = signal.SIGTERM):
         super().__init__(message)
         self.number = number
+
+
+@contextlib.contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Of a bucket, too, what cannot be read or written is an OSError: TensorFlow has its own."""
+    try:
+        yield
+    except Exception as error:
+        tensorflow = sys.modules.get("tensorflow")
+        if tensorflow is None or not isinstance(error, tensorflow.errors.OpError):
+            raise
+        raise OSError(error.message) from error
 
 
 def shown(path: str | os.PathLike) -> str:

@@ -19,7 +19,7 @@ from prn_jax import evaluate, explain, pretrained, results, thresholds, trained_
 from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints, check_name, holds_checkpoints, newest_identity
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, as_os_errors, shown
 from prn_jax.fields import checked
 from prn_jax.identity import Identity, as_dict, lock
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
@@ -65,7 +65,8 @@ def train_and_evaluate(
     if not all(holds_checkpoints(folder / name / "checkpoints") for name in waiting):
         pretrained.check(config)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with as_os_errors():
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write to --workdir={shown(workdir)}: {error.strerror or error}"

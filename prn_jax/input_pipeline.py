@@ -19,6 +19,7 @@ from prn_jax.errors import UserError
 from prn_jax.splits import Images, read_split, within
 from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
+from prn_jax.synthesis.textures import prepare_dtd
 from prn_jax.tiles import Tiling
 
 # Slots after which the plan of kinds repeats: shares are met to a thousandth.
@@ -111,6 +112,8 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         manual_dir=config.data.manual_dir,
         data_dir=config.data.data_dir,
     )
+    if config.synthesis.textures == "dtd" and config.total_steps:
+        prepare_dtd(config.data.data_dir)
     size, metadata = Tiling.of(config).size, builder.info.metadata or {}
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
     roi = from_text(metadata["roi"], size) if "roi" in metadata else None

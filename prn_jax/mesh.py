@@ -57,7 +57,7 @@ def initialize(
     if any(given) and not all(given):
         raise UserError("--coordinator, --num_processes and --process_id belong together")
     launched = _launched_as_one_of_many()
-    if not any(given) and not launched and not _has_tpu():
+    if not any(given) and not launched and (not _has_tpu() or _has_one_chip()):
         return
     if coordinator is not None:
         if not 0 <= process_id < num_processes:
@@ -132,9 +132,19 @@ def _has_tpu() -> bool:
     return has_chip and importlib.util.find_spec("libtpu") is not None
 
 
+def _has_one_chip() -> bool:
+    """Whether this process of a TPU's host was given one chip, beside others: it is a run alone."""
+    return os.environ.get("TPU_PROCESS_BOUNDS") == "1,1,1"
+
+
 def cache_compilations() -> None:
-    """Keeps compiled programs on disk, so that the next process of their kind starts at once."""
-    if jax.config.jax_compilation_cache_dir is None:
+    """Keeps compiled programs on disk, so that the next process of their kind starts at once.
+
+    Not of several processes with GPUs: only process 0 writes, and where the folder is not shared
+    the others would wait for its part in the search for kernels, which it skips.
+    """
+    several_gpus = jax.distributed.is_initialized() and jax.default_backend() == "gpu"
+    if jax.config.jax_compilation_cache_dir is None and not several_gpus:
         base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         folder = pathlib.Path(os.path.expanduser(base)) / "prn_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -254,7 +264,9 @@ def first_on_main(name: str, work: Callable[[], T]) -> T:
     barrier(name)
     if not agree(problem is None):
         raise problem or UserError(f"{name} failed on process 0, which says why")
-    return result if is_main() else work()
+    result = result if is_main() else work()
+    barrier(f"{name}, on all")  # a collective would not wait as long
+    return result
 
 
 def require_same(name: str, content: object) -> None:

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, as_os_errors, shown
 from prn_jax.tiles import Tiling
 
 COLUMNS = {
@@ -307,11 +307,12 @@ def write_file(path: epath.Path, content: str | bytes) -> None:
     content = content.encode() if isinstance(content, str) else content
     temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with as_os_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {shown(path)}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), as_os_errors():
             temporary.unlink(missing_ok=True)  # on a full disk it takes the room

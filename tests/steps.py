@@ -31,7 +31,7 @@ def small_config(records, **changes):
     config.update_from_flattened_dict(tiny.FIELDS | {
         "data.data_dir": str(records), "total_steps": 20, "dtype": "float32",
         "attention.layers": 1, "fusion.enabled": True, "prototypes.iterations": 5,
-        "optimizer.learning_rate": 1e-3,
+        "decoder.width": 0.25, "optimizer.learning_rate": 1e-3,
     } | changes)  # fmt: skip
     return checked(config)
 

@@ -15,7 +15,9 @@ from tests.processes import ROOT, environment
 
 SMALL = {
     "image_size": 64,
-    "attention.layers": 1,
+    "attention.layers": 0,
+    "fusion.enabled": False,
+    "decoder.width": 0.25,
     "backbone.weights": "random",
     "batch_size": 8,
     "total_steps": 1,

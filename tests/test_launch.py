@@ -15,12 +15,19 @@ GCLOUD = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> calls
 case "$*" in
   *describe*) echo "$STATE" ;;
+  *" scp "*) cp "$5" . ;;
+  *tail* | *pkill*) ;;
   *--worker=all*) bash -c "${!#/--command=/}" ;;
 esac
 """
-# What stands for the worker's Python and for the job's: prints its arguments.
+# What stands for the worker's Python: prints its arguments, and trains for long.
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$@"
+echo $$ > pid
+exec sleep 100
+"""
+UV = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >> ../calls
 """
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > srun_arguments
@@ -62,7 +69,9 @@ def tpu_vm(home, *arguments, **variables):
     path = f"{home / 'bin'}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PROJECT": "mine", "STATE": "ACTIVE"} | variables
     command = ["bash", str(ROOT / "launch/tpu_vm.sh"), *arguments]
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=50
+    )
 
 
 def test_a_run_on_tpu_workers_gets_its_arguments_whole(home):
@@ -74,6 +83,28 @@ def test_a_run_on_tpu_workers_gets_its_arguments_whole(home):
                 "--config.data.data_dir=gs://bucket/tfds", "--config.data.manual_dir=",
                 *given]  # fmt: skip
     eventually(lambda: log.exists() and log.read_text().splitlines() == expected)
+    # It goes on, and the command has returned.
+    eventually((home / "prn-jax/pid").exists)
+    os.kill(int((home / "prn-jax/pid").read_text()), signal.SIGTERM)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="installs what is committed")
+def test_what_is_committed_is_installed(home):
+    write(home / ".local/bin/uv", UV)
+    result = tpu_vm(home, "install", HOME=str(home))
+    assert result.returncode == 0, result.stderr
+    revision = ["git", "rev-parse", "HEAD"]
+    there, here = (
+        subprocess.run(revision, cwd=x, capture_output=True, text=True, check=True).stdout
+        for x in (home / "prn-jax", ROOT)
+    )
+    assert there == here
+    assert (home / "prn-jax/setup.py").exists()
+    calls = (home / "calls").read_text()
+    assert "pip install -q --python=.venv -e .[demo,tpu]" in calls
+    assert "--worker=all" in calls
+    # Once more, over what is there.
+    assert tpu_vm(home, "install", HOME=str(home)).returncode == 0
 
 
 def test_a_slice_is_asked_for_and_waited_for(home):
@@ -88,6 +119,8 @@ def test_a_slice_is_asked_for_and_waited_for(home):
 
 
 def test_what_is_missing_is_one_line(home):
+    result = tpu_vm(home, "install", PROJECT="")
+    assert result.stderr == "error: set PROJECT (the Google Cloud project)\n"
     result = tpu_vm(home, "run", BUCKET="")
     assert result.returncode == 1
     assert result.stderr == "error: set BUCKET (gs://..., for the data and the results)\n"

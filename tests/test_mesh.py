@@ -83,6 +83,16 @@ def test_joining_a_run_that_is_not_there_is_one_line(arguments, message):
 def test_a_host_that_has_something_else_is_named(monkeypatch):
     mesh.require_same("images", ["alone"])
     monkeypatch.setattr(jax, "process_count", lambda: 3)
+    sent = []
+
+    def alike(x):
+        sent.append(x)
+        return np.stack([x, x, x])
+
+    monkeypatch.setattr(mesh.multihost_utils, "process_allgather", alike)
+    mesh.require_same("images", ["a"])
+    mesh.require_same("images", ["b"])
+    assert (sent[0] != sent[1]).any()
     for others, message in ((["a", "a"], None), (["a", "b"], "process 2 has other images than")):
         digests = [hashlib.sha256(json.dumps([x]).encode()).digest() for x in ("a", *others)]
         gathered = np.stack([np.frombuffer(x, np.uint32) for x in digests])

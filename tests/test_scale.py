@@ -78,7 +78,7 @@ def assert_same_prototypes(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [8])
 def test_twenty_steps_do_not_depend_on_the_devices(
     devices, records, data, batches, prototypes, one
 ):
@@ -111,6 +111,7 @@ def test_twenty_steps_in_bfloat16_follow_those_in_float32(records, data, batches
         outcomes[dtype] = steps.run(config, data, batches, mesh_of(1), prototypes)
     model, variables, exact, scores, _ = outcomes["float32"]
     losses = outcomes["bfloat16"][2]
+    assert np.abs(losses - exact).max() > 0  # it is another type
     assert losses.mean() == pytest.approx(exact.mean(), rel=1e-2)
     # The early steps one by one, before rounding has grown; processors round bfloat16 differently.
     np.testing.assert_allclose(losses[:10], exact[:10], rtol=5e-2)

@@ -140,7 +140,8 @@ def test_eight_devices_make_the_step_of_one(images):
 
     In float64, but for the prototypes, the distances to them, and the losses.
     """
-    fields = {"attention.layers": 1, "fusion.enabled": True, "loss.dice_weight": 0.5}
+    fields = {"attention.layers": 1, "fusion.enabled": True, "loss.dice_weight": 0.5,
+              "decoder.width": 0.25}  # fmt: skip
     config = small_config(batch_size=16, **fields)
     batch = next(iter(make_batches(config)(0, 1)))
     outcomes = []

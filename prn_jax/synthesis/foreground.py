@@ -18,6 +18,8 @@ from absl import logging
 from etils import epath
 from scipy import ndimage, spatial
 
+from prn_jax.errors import as_os_errors
+
 # Fractions of the image's side, and of its pixels.
 _CORNER = 0.06
 _SMOOTHING = 0.01
@@ -67,8 +69,9 @@ def cached_foreground(images: np.ndarray, folder: epath.PathLike) -> tuple[np.nd
     np.savez_compressed(content, packed=packed, is_object=is_object, digest=digest.hexdigest())
     temporary = path.parent / f".{path.name}.part"
     try:
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
+        with as_os_errors():
+            temporary.write_bytes(content.getvalue())
+            temporary.replace(path)
     except OSError as error:
         logging.warning("the foreground is not cached: %s", error.strerror or error)
     return masks, is_object

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -81,22 +82,32 @@ def _from_folder(folder: pathlib.Path, size: tuple[int, int], limit: int) -> np.
 
 
 def _from_tfds(size: tuple[int, int], limit: int, data_dir: str) -> np.ndarray:
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder("dtd", data_dir=str(pathlib.Path(os.path.expanduser(data_dir))))
-        builder.download_and_prepare()
-        split = builder.as_dataset(split="train", shuffle_files=False)
-    except Exception as error:
-        raise UserError(
-            f"synthesis.textures=dtd cannot be prepared by TFDS under {data_dir} "
-            f"({first_line(error)}): give the folder of an unpacked DTD instead"
-        ) from error
+    builder = prepare_dtd(data_dir)
+    split = builder.as_dataset(split="train", shuffle_files=False)
     kept = set(spread(int(builder.info.splits["train"].num_examples), limit))
     return np.stack([
         _fit(Image.fromarray(x["image"].numpy()), size)
         for i, x in enumerate(split) if i in kept
     ])  # fmt: skip
+
+
+def prepare_dtd(data_dir: str) -> Any:
+    """TFDS's builder of DTD, downloaded where it is not there: by one process at a time.
+
+    Raises:
+      UserError: it cannot be had.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder("dtd", data_dir=os.path.expanduser(data_dir))  # or gs://
+        builder.download_and_prepare()
+    except Exception as error:
+        raise UserError(
+            f"synthesis.textures=dtd cannot be prepared by TFDS under {data_dir} "
+            f"({first_line(error)}): give the folder of an unpacked DTD instead"
+        ) from error
+    return builder
 
 
 def spread(count: int, limit: int) -> list[int]:
