@@ -25,6 +25,7 @@ from prn_jax.checkpoints import holds_checkpoints
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.fields import checked
 from prn_jax.identity import lock
+from prn_jax.progress import duration
 
 # Where the runs import this package from, be it installed or not.
 _ROOT = str(pathlib.Path(__file__).resolve().parent.parent)
@@ -235,12 +236,12 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
                     logging.info(
                         "%s: done in %s, image AUROC %s, pixel AUROC %s; %d of %d, ETA %s",
                         run.name,
-                        _duration(seconds),
+                        duration(seconds),
                         results.percent(metrics["image_auroc"]),
                         results.percent(metrics["pixel_auroc"]),
                         len(runs) - left - len(failed),
                         len(runs),
-                        _duration(ahead),
+                        duration(ahead),
                     )
                 else:
                     failed.append(run)
@@ -342,11 +343,6 @@ def _last_line(run: StudyRun) -> str:
     path = pathlib.Path(run.workdir) / f"{run.category}.log"
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return f"{lines[-1] if lines else 'it printed nothing'} (see {path})"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def slurm_array(runs: Sequence[StudyRun], at_once: int) -> str:

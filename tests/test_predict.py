@@ -91,3 +91,11 @@ def test_more_than_8_bits_are_read_as_in_training(detector, tmp_path):
 def test_what_is_no_image_is_refused_in_words(detector, given, message):
     with pytest.raises(UserError, match=message):
         detector(given)
+
+
+def test_a_large_map_is_resized_band_by_band(monkeypatch):
+    values = np.random.default_rng(0).random((13, 9), np.float32)
+    for size in ((50, 31), (6, 5)):
+        monkeypatch.setattr(predict, "_BAND", 7)
+        whole = Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(predict.resize_map(values, size), whole, atol=1e-6)

@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
-from prn_jax import shards, tables
+from prn_jax import predictions, shards, tables
 from prn_jax.errors import UserError
+from prn_jax.tables import Asked
+from tests.predicting import Stub, draw, predict
 
 
 def test_each_file_is_in_one_part_whatever_else_is_there():
@@ -60,3 +62,19 @@ def test_tables_that_no_prediction_wrote_are_not_joined_over(tmp_path):
     assert "all 1 parts are done" in shards.join(tmp_path, 1)
     shutil.rmtree(shards.folder(tmp_path, 1, 1))
     tables.check_free(tmp_path)
+
+
+def test_parts_together_are_the_whole(tmp_path):
+    for number in range(6):
+        draw(tmp_path / f"in/{number}.png", 40 * number)
+    names = predictions.find([str(tmp_path / "in")])
+    for number in range(1, 17):  # some of them without a file
+        part = predictions.prepare(shards.folder(tmp_path / "out", number, 16))
+        shards.begin(part)
+        share = shards.select(names, number, 16)
+        predictions.predict_files(Stub(), share, part, Asked(threshold=0.5))
+        said = shards.join(tmp_path / "out", 16)
+    assert "16 parts" in said
+    joined = json.loads((tmp_path / "out/predictions.json").read_text())
+    whole = predict(tmp_path / "in", tmp_path / "whole", Stub())
+    assert {x["image"]: x["score"] for x in joined} == {x["image"]: x["score"] for x in whole}

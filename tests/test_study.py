@@ -3,15 +3,19 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from configs import ablations, mvtec
 from prn_jax import results, study, study_tables
-from prn_jax.errors import UserError
+from prn_jax.errors import Interrupted, UserError
 from prn_jax.fields import checked
 from prn_jax.identity import as_dict, lock
 
@@ -133,6 +137,25 @@ def test_runs_are_resumed_and_one_failure_does_not_stop_the_others(tmp_path):
         study.execute(runs, tmp_path, parallel=1)
     allowed = dataclasses.replace(runs[1], allow_config_change=True)
     assert not allowed.is_finished()
+
+
+def test_a_study_that_is_stopped_stops_its_runs_which_save(tmp_path):
+    code = "trap 'kill $!; echo saved; exit 143' TERM; echo begun; sleep 60 & wait"
+    runs = [dataclasses.replace(x, command=["bash", "-c", code]) for x in make_plan(tmp_path)[:2]]
+
+    def logs():
+        return [path.read_text() for path in tmp_path.rglob("*.log")]
+
+    def stop():
+        while sum("begun" in log for log in logs()) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop, daemon=True)
+    stopping.start()
+    with pytest.raises(Interrupted, match="stopped and saved; the same command goes on"):
+        study.execute(runs, tmp_path, 2)
+    assert all("saved" in log for log in logs())
 
 
 def test_weights_that_cannot_be_had_end_a_study_before_its_runs(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,19 @@ def test_prediction_repeats_the_evaluation(trained, caplog):
         detector([image.astype(np.float32)])
     with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*\[2\]"):
         prn_jax.load(trained, step=7)
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_checkpoints_decides_as_the_run_does(trained, tmp_path, caplog):
+    copy = pathlib.Path(shutil.copytree(trained / "checkpoints", tmp_path / "copy"))
+    stored = json.loads((copy / "thresholds.json").read_text())
+    assert prn_jax.load(copy).thresholds == stored
+    (copy / "thresholds.json").write_text(json.dumps(stored | {"step": 1}))
+    assert prn_jax.load(copy).thresholds is None
+    assert "thresholds left out" in caplog.text
+    (copy / "thresholds.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged: remove it and give"):
+        prn_jax.load(copy)
     with pytest.raises(UserError, match="no checkpoint at"):
         prn_jax.load(trained / "nothing")
 

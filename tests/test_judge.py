@@ -1,0 +1,28 @@
+"""Which images a trained network is judged on."""
+
+import types
+
+import numpy as np
+import pytest
+
+from prn_jax import judge, trained_on
+from prn_jax.errors import UserError
+from prn_jax.splits import Images
+
+
+def test_what_was_trained_on_is_left_out(tmp_path, caplog):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    found = Images(pixels, np.zeros((3, 4, 4), np.uint8), ["good", "good", "dent"],
+                   ["train/good/0", "test/good/0", "test/dent/1"])  # fmt: skip
+    seen = types.SimpleNamespace(seen=("test/dent/1",))
+    detector = types.SimpleNamespace(folder=tmp_path, identity=seen)
+    # A training of before there was a record: by names.
+    assert judge.leave_out_trained(found, detector).id == ["test/good/0"]
+    assert "kept no record" in caplog.text
+    # By pixels, whatever they are called.
+    trained_on.remember(tmp_path, found.pick([0]), found.pick([]), found.pick([]), resumed=False)
+    renamed = Images(found.image, found.mask, found.defect, ["test/good/9", *found.id[1:]])
+    assert judge.leave_out_trained(renamed, detector).id == found.id[1:]
+    trained_on.remember(tmp_path, found, found.pick([]), found.pick([]), resumed=False)
+    with pytest.raises(UserError, match="all these images were trained on"):
+        judge.leave_out_trained(found, detector)
