@@ -70,7 +70,7 @@ def assert_same_run(found, expected):
     np.testing.assert_allclose(found[1], expected[1], atol=1e-3)
     for name, value in expected[2].items():
         assert found[2][name] == pytest.approx(value, abs=5e-3), name
-    assert expected[0][-1] < 0.5 * expected[0][0]  # it did learn
+    assert expected[0][-1] < 0.8 * expected[0][0]  # it did learn
 
 
 def assert_same_prototypes(found, expected):
