@@ -109,12 +109,14 @@ def finished(
     if run:
         saved = Identity.of_run(run)
         step, where = saved.steps, f"the finished run in {shown(folder)}"
+        fingerprint = _fingerprint(config) if saved.fingerprint else ""
     elif begun := newest_identity(folder / "checkpoints"):
         step, saved = begun
         where = f"the checkpoint of step {step} in {shown(folder / 'checkpoints')}"
+        fingerprint = saved.fingerprint  # what changed in the images the run itself will name
     else:
         return None
-    now = saved.today(config, _fingerprint(config) if saved.fingerprint else "")
+    now = saved.today(config, fingerprint)
     saved.check(now, where, step, allow_config_change)
     return None if saved.differences(now) else run
 
