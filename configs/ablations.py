@@ -29,10 +29,11 @@ def variations(config: ConfigDict) -> dict[str, dict[str, str]]:
         "prototypes": {"prototypes.enabled": "False"} if config.prototypes.enabled else None,
         "attention": {"attention.layers": "0"} if config.attention.layers else None,
         "fusion": {"fusion.enabled": "False"} if config.fusion.enabled else None,
-        **{kind: None for kind in ("extended", "simulated", "seen")},
+        **{
+            kind: _without(config, kind) if kind in kinds and len(kinds) > 1 else None
+            for kind in ("extended", "simulated", "seen")
+        },
     }
-    if len(kinds) > 1:
-        fields |= {kind: _without(config, kind) for kind in kinds}
     if unused := [part for part, field in fields.items() if field is None]:
         logging.warning("not part of this configuration, or all there is: %s", ", ".join(unused))
     return {"PRN": {}} | {f"without {part}": field for part, field in fields.items() if field}

@@ -6,26 +6,41 @@ from ml_collections import ConfigDict
 
 from prn_jax.errors import UserError
 
-# Fields of the synthesis: without one of the first there is nothing to paste.
-_COUNTS = ("attempts", "max_pastes", "max_textures", "shuffle_grid")
-_SHARES = (
-    "augment_normal",
-    "augment_seen",
-    "extended_colour",
-    "extended_opaque",
-    "extended_spatial",
-    "extended_together",
-    "self_source",
-    "visible_share",
-)
-_RANGES = ("extended_opacity", "extended_scale", "simulated_opacity")
-_SIZES = (
-    "min_area",
-    "operations",
-    "perlin_max_exponent",
-    "shift",
-    "simulated_contrast",
-    "softness",
+# Fields of the synthesis, what they must be, and how that is said.
+_SYNTHESIS = (
+    # Without one of these there is nothing to paste.
+    (("attempts", "max_pastes", "max_textures", "shuffle_grid"), lambda x: x >= 1, "1 or more"),
+    (
+        (
+            "augment_normal",
+            "augment_seen",
+            "extended_colour",
+            "extended_opaque",
+            "extended_spatial",
+            "extended_together",
+            "self_source",
+            "visible_share",
+        ),
+        lambda x: 0 <= x <= 1,
+        "a share from 0 to 1",
+    ),
+    (
+        ("extended_opacity", "extended_scale", "simulated_opacity"),
+        lambda x: len(x) == 2 and 0 < x[0] <= x[1],
+        "the least and the most, greater than 0",
+    ),
+    (
+        (
+            "min_area",
+            "operations",
+            "perlin_max_exponent",
+            "shift",
+            "simulated_contrast",
+            "softness",
+        ),
+        lambda x: x >= 0,
+        "0 or more",
+    ),
 )
 
 
@@ -134,15 +149,9 @@ def _check_memory(memory: ConfigDict) -> None:
 
 
 def _check_synthesis(synthesis: ConfigDict) -> None:
-    for name in (*_COUNTS, *_SHARES, *_RANGES, *_SIZES):
-        field, value = f"synthesis.{name}={synthesis[name]}", synthesis[name]
-        if name in _COUNTS and value < 1:
-            raise UserError(f"{field}: give 1 or more")
-        if name in _SHARES and not 0 <= value <= 1:
-            raise UserError(f"{field}: give a share from 0 to 1")
-        if name in _RANGES and not (len(value) == 2 and 0 < value[0] <= value[1]):
-            raise UserError(f"{field}: give the least and the most, greater than 0")
-        if name in _SIZES and value < 0:
-            raise UserError(f"{field}: give 0 or more")
+    for names, fits, mend in _SYNTHESIS:
+        for name in names:
+            if not fits(synthesis[name]):
+                raise UserError(f"synthesis.{name}={synthesis[name]}: give {mend}")
     if max(synthesis.extended_opacity[1], synthesis.simulated_opacity[1]) > 1:
         raise UserError("synthesis.*_opacity: give at most 1")

@@ -12,11 +12,11 @@ from etils import epath
 
 from prn_jax import disk, evaluate, images, pictures, results, thresholds, trained_on
 from prn_jax.datasets import layout
-from prn_jax.errors import UserError, shown, shown_first
+from prn_jax.errors import UserError, shown
 from prn_jax.identity import as_dict
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 from prn_jax.predict import Detector
-from prn_jax.splits import Images, read_split, within
+from prn_jax.splits import Images, read_split, say_unmarked, within
 
 Evaluation = dict[str, Any]
 
@@ -54,12 +54,9 @@ def read_folder(folder: pathlib.Path, detector: Detector) -> Images:
         pixels[number] = images.resize(image, size)
         masks[number] = images.resize_mask(layout.read_mask(example, image.shape[:2]), size)
     found = Images(pixels, masks, [x.defect for x in examples], [x.id for x in examples])
-    if unmarked := [x for x, known in zip(found.id, found.has_mask) if not known]:
-        logging.warning(
-            "%d anomalous images have no mask, or one of which nothing is left at %dx%d (%s): "
-            "they count for the image-level figures alone",
-            len(unmarked), *size, shown_first(unmarked),
-        )  # fmt: skip
+    unmarked = [x for x, known in zip(found.id, found.has_mask) if not known]
+    what = "%d anomalous images have no mask, or one of which nothing is left at this size"
+    say_unmarked(detector.config.category, what, unmarked)
     return found
 
 

@@ -69,11 +69,11 @@ def within(split: Images, roi: np.ndarray, category: str) -> Images:
     found = dataclasses.replace(split, mask=split.mask * roi)
     outside = [x for x, gone in zip(split.id, split.has_mask & ~found.has_mask) if gone]
     what = "the defects of %d images lie outside of the region of interest"
-    _say_unmarked(category, what, outside)
+    say_unmarked(category, what, outside)
     return found
 
 
-def _say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
+def say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
     """Warns of anomalous images of which no pixel can be judged, if there are any."""
     if ids:
         logging.warning(
@@ -103,7 +103,7 @@ def read_split(builder: "AnomalyBuilder", split: str, size: tuple[int, int]) -> 
     if count:
         found = _over_records(builder, split, read)
     category = builder.category
-    _say_unmarked(category, "%d anomalous images have no mask", sorted(lacking))
+    say_unmarked(category, "%d anomalous images have no mask", sorted(lacking))
     _say_vanished(category, sorted(vanished, key=lambda x: x[0]), size)
     defect, id_ = zip(*found) if found else [()] * 2
     return Images(image, mask, list(defect), list(id_))
@@ -149,4 +149,4 @@ def _say_vanished(
         factor += 1
     height, width = (x * factor for x in size)
     what = "nothing is left of %d masks at image_size=({},{}), which image_size=({},{}) keeps"
-    _say_unmarked(category, what.format(*size, height, width), [x for x, _ in vanished])
+    say_unmarked(category, what.format(*size, height, width), [x for x, _ in vanished])

@@ -155,25 +155,24 @@ class SampleMaker:
         return tf.cond(draws.chance(probability), change, lambda: (image, mask))
 
     def _extended(self, index, seed):
+        normal = self._row("normal", index)
         image, mask = self._extend(
-            self._row("normal", index),
+            normal,
             self._row("foreground", index) > 0,
             self._points[index],
             Draws(seed),
         )
-        return self._finished(image, mask, index, seed)
+        return self._finished(normal, image, mask, index, seed)
 
     def _simulated(self, index, seed):
         # Where the image is rough by itself, an anomaly must stand out from that.
         contrast = self._config.simulated_contrast * self._roughness[index]
-        image, mask = self._simulate(
-            self._row("normal", index), self._row("foreground", index) > 0, contrast, seed
-        )
-        return self._finished(image, mask, index, seed)
-
-    def _finished(self, image, mask, index, seed):
-        """The sample, or a square where nothing showed; softened, as far as that is asked for."""
         normal = self._row("normal", index)
+        image, mask = self._simulate(normal, self._row("foreground", index) > 0, contrast, seed)
+        return self._finished(normal, image, mask, index, seed)
+
+    def _finished(self, normal, image, mask, index, seed):
+        """The sample, or a square where nothing showed; softened, as far as that is asked for."""
         image, mask = tf.cond(
             tf.reduce_any(mask),
             lambda: (image, mask),
