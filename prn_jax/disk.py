@@ -1,17 +1,19 @@
-"""Arrays that need not fit into memory.
+"""Files that are complete or not there, and arrays that need not fit into memory.
 
 A large array lies in a file without a name in the folder for temporary files (TMPDIR), which is
 gone when the array is, or the process. The system keeps of it in memory what there is room for.
 """
 
+import contextlib
 import math
 import os
 import tempfile
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, as_os_errors, shown
 
 # Bytes; smaller arrays are held in memory.
 LARGE = 2**29
@@ -39,7 +41,7 @@ def zeros(shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
 
 
 def rows(array: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """As `array[index]`; but all rows in order are the array itself, and many lie on disk.
+    """As `array[index]`; all rows in order are not copied, and many rows lie on disk.
 
     Args:
       array: [n, ...].
@@ -49,3 +51,23 @@ def rows(array: np.ndarray, index: np.ndarray) -> np.ndarray:
         return array
     found = zeros((len(index), *array.shape[1:]), array.dtype)
     return np.take(array, index, axis=0, out=found, mode="clip")
+
+
+def write_file(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file, complete or not at all, and the folders above it.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        with as_os_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError), as_os_errors():
+            temporary.unlink(missing_ok=True)  # on a full disk it takes the room

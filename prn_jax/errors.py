@@ -30,7 +30,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def as_os_errors() -> Iterator[None]:
-    """Of a bucket, too, what cannot be read or written is an OSError: TensorFlow has its own."""
+    """Turns TensorFlow's errors into OSError, so that one `except` serves buckets and disks."""
     try:
         yield
     except Exception as error:
@@ -46,14 +46,14 @@ def shown(path: str | os.PathLike) -> str:
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
-def shown_first(paths: Sequence[str | os.PathLike], most: int = 5) -> str:
-    """The first `most` paths as they can be printed, and dots where there are more."""
-    return ", ".join(map(shown, paths[:most])) + (", ..." if len(paths) > most else "")
+def shown_first(names: Sequence[str | os.PathLike], most: int = 5) -> str:
+    """The first `most` paths or names as they can be printed, and dots where there are more."""
+    return ", ".join(map(shown, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def first_line(error: Exception) -> str:
     """What another library's error says first; its type, where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_plain(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Evaluation: anomaly maps and scores of a test split, and what they are worth."""
+"""Evaluation: anomaly maps and scores of images, and what they are worth."""
 
 import functools
 from collections.abc import Callable
@@ -13,9 +13,26 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from prn_jax import mesh as meshes
+from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 from prn_jax.models.prn import PRN
+from prn_jax.splits import Images
 
 Tree = Any
+
+
+def metrics_of(
+    images: Images, maps: np.ndarray, scores: np.ndarray, roi: np.ndarray | None = None
+) -> dict[str, float | None]:
+    """All figures of what was predicted, see `metrics.evaluate_rankings`.
+
+    Args:
+      images: [n]; an anomalous one without a mask counts for the image-level figures alone.
+      maps: [n, h, w].
+      scores: [n].
+      roi: where pixels count, [h, w]; None: everywhere.
+    """
+    pixels = rank_pixels(maps, images.mask, roi, images.has_mask)
+    return evaluate_rankings(rank_images(scores, images.label), pixels)
 
 
 def image_score(maps: Float[Array, "b h w"], pixels: int) -> Float[Array, " b"]:
@@ -35,6 +52,7 @@ def score_count(pixels: int, height: int, width: int) -> int:
     return min(area, max(1, round(pixels * area / 256**2)))
 
 
+@functools.cache  # A compiled step per network, however many a process holds.
 def make_eval_step(
     model: PRN, score_pixels: int, mesh: Mesh
 ) -> Callable[[Tree, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
@@ -52,11 +70,6 @@ def mapped(step: Callable, mesh: Mesh, inputs: int = 1) -> Callable:
     """A step `(variables, *inputs) -> results` as a program per device, mapped over `data`."""
     specs = P(), *[P("data")] * inputs
     return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P("data"))
-
-
-@functools.cache  # A compiled step per network, however many a process holds.
-def _cached_step(model: PRN, score_pixels: int, mesh: Mesh):
-    return make_eval_step(model, score_pixels, mesh)
 
 
 @functools.cache
@@ -87,7 +100,7 @@ def _distance_step(model: PRN, mesh: Mesh):
 
 
 def fixed_size(count: int, batch_size: int, mesh: Mesh) -> int:
-    """Images that are computed at a time, of which there are few sizes: each compiles anew.
+    """The batch size to compute with: one of a few, because each is compiled.
 
     Args:
       count: images there are.
@@ -122,7 +135,8 @@ def predict(
       variables: its collections, on the devices.
       images: uint8 [n, h, w, 3].
       mesh: devices.
-      batch_size: images at a time over all devices; rounded up to a multiple of their number.
+      batch_size: images, or tiles, at a time over all devices; rounded up to a multiple of their
+        number.
       score_pixels: see `image_score`.
       progress: show a bar.
       fill: compute `batch_size` images at a time even where there are fewer, as one of many calls
@@ -142,7 +156,7 @@ def predict(
             _distance_step(model, mesh), variables, (descriptors,), mesh, size, (distances,)
         )
         return maps, np.array([_score(x, score_pixels) for x in maps], np.float32), distances
-    step = _cached_step(model, score_pixels, mesh)
+    step = make_eval_step(model, score_pixels, mesh)
     size = fixed_size(batch_size if fill else len(images), batch_size, mesh)
     empty = np.empty(images.shape[:3], np.float32), *np.empty((2, len(images)), np.float32)
     return run_batches(step, variables, (images,), mesh, size, empty, progress)
@@ -271,12 +285,10 @@ def run_batches(
             # One batch is computed while the results of the one before it are fetched.
             batch = [meshes.shard_same(mesh, x) for x in batch]
             pending.append((start, count, step(variables, *batch)))
-            if len(pending) > 1 or start + size >= total:
-                while pending:
-                    first, number, results = pending.pop(0)
-                    for array, result in zip(found, results, strict=True):
-                        array[first : first + number] = meshes.gather(result)[:number]
-                    bar.update(number)
-                    if start + size < total:
-                        break
+            last = start + size >= total
+            while len(pending) > (0 if last else 1):
+                first, number, results = pending.pop(0)
+                for array, result in zip(found, results, strict=True):
+                    array[first : first + number] = meshes.gather(result)[:number]
+                bar.update(number)
     return found

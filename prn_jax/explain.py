@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from prn_jax import results
+from prn_jax import disk
 from prn_jax.checkpoints import folder_of
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector
@@ -61,7 +61,7 @@ class Normals:
             jpeg=np.frombuffer(b"".join(self.jpeg), np.uint8),
             end=np.cumsum([len(x) for x in self.jpeg]),
         )
-        results.write_file(epath.Path(folder) / NAME, buffer.getvalue())
+        disk.write_file(epath.Path(folder) / NAME, buffer.getvalue())
 
 
 def kept(count: int) -> np.ndarray:

@@ -11,13 +11,13 @@ import json
 import os
 import pathlib
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, shown, shown_first
 
 # Fields that may differ between a run and its continuation: they say where things are, how often
 # something is written, or how evaluation is cut into batches, and change no figure. The length of
@@ -128,9 +128,9 @@ class Identity:
             if self.fingerprint != other.fingerprint:
                 found.append("the images changed: some were added, removed or replaced")
             if gone := set(self.seen) - set(other.seen):
-                found.append(f"no longer a seen anomaly: {_some(gone)}")
+                found.append(f"no longer a seen anomaly: {shown_first(sorted(gone), 3)}")
             if new := set(other.seen) - set(self.seen):
-                found.append(f"newly a seen anomaly: {_some(new)}")
+                found.append(f"newly a seen anomaly: {shown_first(sorted(new), 3)}")
         old, new = (_BEFORE | _flatten(x.config) for x in (self, other))
         changed = {
             name: f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
@@ -168,8 +168,8 @@ class Identity:
             )
         if new := set(other.held) - set(self.held):
             raise UserError(
-                f"{text}: what it was trained on ({_some(new)}) would set its thresholds. Put the "
-                "images and fields back, or give another --workdir"
+                f"{text}: what it was trained on ({shown_first(sorted(new), 3)}) would set its "
+                "thresholds. Put the images and fields back, or give another --workdir"
             )
         if self.untrained != other.untrained:
             raise UserError(
@@ -227,10 +227,6 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 def _is_free(name: str) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")
 
 
 LOCK = ".lock"  # the name of the file by which a folder is held

@@ -12,9 +12,8 @@ from etils import epath
 
 from prn_jax import disk, evaluate, images, pictures, results, thresholds, trained_on
 from prn_jax.datasets import layout
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.identity import as_dict
-from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 from prn_jax.predict import Detector
 from prn_jax.splits import Images, read_split, say_unmarked, within
 
@@ -104,8 +103,8 @@ def leave_out_trained(found: Images, detector: Detector) -> Images:
     left_out = [x for x, out in zip(found.id, trained) if out]
     if left_out:
         logging.warning(
-            "%d of %d images were trained on and are left out: %s%s",
-            len(left_out), len(found), ", ".join(left_out[:5]), ", ..." * (len(left_out) > 5),
+            "%d of %d images were trained on and are left out: %s",
+            len(left_out), len(found), shown_first(left_out),
         )  # fmt: skip
     if len(left_out) == len(found):
         raise UserError("all these images were trained on: give others to judge the network on")
@@ -140,9 +139,7 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
         progress=progress,
     )
     label = found.label
-    metrics = evaluate_rankings(
-        rank_images(scores, label), rank_pixels(maps, found.mask, roi, found.has_mask)
-    )
+    metrics = evaluate.metrics_of(found, maps, scores, roi)
     chosen = {"stored": detector.thresholds}
     if (label == 0).any():  # Without normal images nothing but those that were trained on is left.
         chosen["measured"] = thresholds.choose(
@@ -170,9 +167,7 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
     }
 
     def sheet():
-        return pictures.results_sheet(
-            found.image, found.mask, maps, scores, label, found.defect, found.id
-        )
+        return pictures.results_sheet(found, maps, scores)
 
     return evaluation, sheet
 
@@ -220,9 +215,9 @@ def write(output: epath.PathLike, evaluation: Evaluation, sheet: Callable) -> ep
     """Writes `evaluation.json`, `evaluation.md` and `evaluation.png`; returns the second."""
     output = epath.Path(os.path.expanduser(output))
     text = json.dumps(evaluation, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    results.write_file(output / "evaluation.json", text)
+    disk.write_file(output / "evaluation.json", text)
     pictures.save_png(output / "evaluation.png", sheet())
-    results.write_file(output / "evaluation.md", render(evaluation))
+    disk.write_file(output / "evaluation.md", render(evaluation))
     return output / "evaluation.md"
 
 

@@ -10,12 +10,14 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, TiffTags
 from scipy import ndimage
 
-from prn_jax import results
+from prn_jax import disk
+from prn_jax.splits import Images
 
 Row = tuple[str, list[tuple[np.ndarray, str]]]
 
 _PREDICTION = "PRN prediction"  # in the metadata of what a prediction draws
 _DESCRIPTION = TiffTags.lookup(270).value
+_PER_ROW = 4  # images of each defect in a sheet of results
 _BAND = 256  # rows of an image that are drawn at a time
 _OUTLINE = (255, 0, 200)  # seldom the colour of a product
 _BACKGROUND, _TEXT = (32, 33, 36), (228, 228, 228)
@@ -98,37 +100,23 @@ def contact_sheet(rows: Sequence[Row], cell: int = 160) -> Image.Image:
     return sheet
 
 
-def results_sheet(
-    images: np.ndarray,
-    masks: np.ndarray,
-    maps: np.ndarray,
-    scores: np.ndarray,
-    labels: np.ndarray,
-    defects: Sequence[str],
-    ids: Sequence[str],
-    per_row: int = 4,
-) -> Image.Image:
+def results_sheet(test: Images, maps: np.ndarray, scores: np.ndarray) -> Image.Image:
     """An evaluation at a glance: per defect the lowest scores first, of the normals the highest.
 
     Args:
-      images: uint8 [n, h, w, 3].
-      masks: uint8 [n, h, w].
+      test: the images, [n]; of each defect four are shown, with the mask's outline and the map.
       maps: anomaly maps, float [n, h, w] in [0, 1].
       scores: [n].
-      labels: 1 for anomalous, [n].
-      defects: names.
-      ids: paths.
-      per_row: images of each defect; each is shown with its mask's outline and with its map.
     """
-    rows = []
-    for defect in sorted(set(defects), key=lambda name: (name != "good", name)):
-        chosen = [i for i, name in enumerate(defects) if name == defect]
+    rows, labels = [], test.label
+    for defect in sorted(set(test.defect), key=lambda name: (name != "good", name)):
+        chosen = [i for i, name in enumerate(test.defect) if name == defect]
         anomalous = bool(labels[chosen[0]])
         chosen.sort(key=lambda i: float(scores[i]) if anomalous else -float(scores[i]))
         cells = []
-        for i in chosen[:per_row]:
-            cells.append((outline(images[i], masks[i]), f"{ids[i].split('/')[-1]}"))
-            cells.append((overlay(images[i], maps[i]), f"score {scores[i]:.3f}"))
+        for i in chosen[:_PER_ROW]:
+            cells.append((outline(test.image[i], test.mask[i]), test.id[i].split("/")[-1]))
+            cells.append((overlay(test.image[i], maps[i]), f"score {scores[i]:.3f}"))
         hardest = "lowest" if anomalous else "highest"
         rows.append((f"{defect}: the {hardest} scores of {len(chosen)}", cells))
     return contact_sheet(rows)
@@ -141,7 +129,7 @@ def save_png(path: epath.PathLike, image: Image.Image, is_prediction: bool = Fal
     if is_prediction:
         info.add_text("Description", _PREDICTION)
     image.save(buffer, "PNG", pnginfo=info)
-    results.write_file(epath.Path(path), buffer.getvalue())
+    disk.write_file(epath.Path(path), buffer.getvalue())
 
 
 def save_map(path: pathlib.Path, values: np.ndarray) -> None:
@@ -154,7 +142,7 @@ def save_map(path: pathlib.Path, values: np.ndarray) -> None:
         np.save(buffer, values)
     else:
         Image.fromarray(values).save(buffer, "TIFF", tiffinfo={_DESCRIPTION: _PREDICTION})
-    results.write_file(epath.Path(path), buffer.getvalue())
+    disk.write_file(epath.Path(path), buffer.getvalue())
 
 
 def is_prediction(path: pathlib.Path) -> bool:

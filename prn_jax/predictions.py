@@ -22,7 +22,7 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
-from prn_jax import evaluate, explain, images, pictures, results, tables
+from prn_jax import disk, evaluate, explain, images, pictures, tables
 from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import LOCK
@@ -236,8 +236,8 @@ def predict_files(
         finally:
             pool.shutdown(cancel_futures=True)
     table = [tables.public(rows[path], asked) for path in names]
-    results.write_file(output / "predictions.csv", tables.as_csv(table))
-    results.write_file(output / "predictions.json", json.dumps(table, indent=2) + "\n")
+    disk.write_file(output / "predictions.csv", tables.as_csv(table))
+    disk.write_file(output / "predictions.json", json.dumps(table, indent=2) + "\n")
     return table
 
 

@@ -27,7 +27,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, first_line, shown_first
 from prn_jax.models.backbone import backbone_spec, create_backbone
 
 Arrays = dict[str, np.ndarray]
@@ -134,7 +134,7 @@ def read_arrays(path: str | pathlib.Path) -> Arrays:
         raise
     except Exception as error:  # a damaged file may make a parser raise anything
         raise UserError(
-            f"{path}: damaged or not a {path.suffix} file ({_one_line(error)}); fetch it again."
+            f"{path}: damaged or not a {path.suffix} file ({first_line(error)}); fetch it again."
         ) from error
     if all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
@@ -182,7 +182,7 @@ def find_weights(weights: str) -> pathlib.Path:
         except Exception as error:  # the hub's errors have no common base
             raise UserError(
                 f"backbone.weights: cannot get {weights!r} from the Hugging Face hub "
-                f"({_one_line(error)}); give a file: "
+                f"({first_line(error)}); give a file: "
                 "--config.backbone.weights=PATH.safetensors (or .npz, .pth)."
             ) from error
     raise UserError(
@@ -262,11 +262,7 @@ def _check(
 def _some(names: Iterable[str]) -> str:
     """The first few names, and how many there are."""
     names = list(names)
-    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return shown_first(names, 3) + (f" ({len(names)} in all)" if len(names) > 3 else "")
 
 
 # --- values ---------------------------------------------------------------------------------------

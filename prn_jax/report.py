@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from prn_jax import explain, metrics, pictures, results
+from prn_jax import disk, explain, metrics, pictures, results
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import settings
+from prn_jax.splits import Images
 from prn_jax.tiles import Tiling
 
 # Longest side of a test image on the page, in pixels.
@@ -75,7 +76,7 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
         # Inside of a script element "</" could end it, and "<!--<script" what follows it.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     )
-    results.write_file(epath.Path(path), page)
+    disk.write_file(epath.Path(path), page)
 
 
 def _folders(folder: epath.Path) -> list[epath.Path]:
@@ -110,15 +111,9 @@ def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
 
 def _run_data(name: str, folder: epath.Path, run: Run) -> dict[str, Any]:
     """What the page's script shows of one run."""
-    stored = results.read_predictions(folder)
-    maps = stored["map"].astype(np.float32)
-    if len(maps) != len(run["test"]):
-        raise UserError(
-            f"{shown(folder)}: results.json and predictions.npz are of different runs; remove "
-            "results.json and run the category again (it is only evaluated)"
-        )
+    test, maps, roi = results.read_predictions(folder)
     images = []
-    for entry, image, mask, values in zip(run["test"], stored["image"], stored["mask"], maps):
+    for entry, image, mask, values in zip(run["test"], test.image, test.mask, maps):
         images.append(
             {
                 **entry,
@@ -150,7 +145,7 @@ def _run_data(name: str, folder: epath.Path, run: Run) -> dict[str, Any]:
         "width": width,
         "height": height,
         "images": images,
-        "charts": _charts(folder, run, stored, maps),
+        "charts": _charts(folder, run, test, maps, roi),
         "provenance": json.dumps(provenance, indent=2),
     }
 
@@ -205,15 +200,14 @@ def _cells(figures: dict[str, float | None], paper: dict[str, float] | None) -> 
 # --- charts, as SVG -------------------------------------------------------------------------------
 
 
-def _charts(folder: epath.Path, run: Run, stored: dict[str, np.ndarray], maps: np.ndarray) -> str:
+def _charts(
+    folder: epath.Path, run: Run, test: Images, maps: np.ndarray, roi: np.ndarray | None
+) -> str:
     scores = np.array([entry["score"] for entry in run["test"]])
-    labels = np.array([entry["defect"] != "good" for entry in run["test"]])
-    mask = stored["mask"]
-    known = metrics.judgeable(labels, mask)
-    charts = [_histogram(scores, labels)]
+    charts = [_histogram(scores, test.label > 0)]
     rankings = [
-        ("images", metrics.rank_images(scores, labels)),
-        ("pixels", metrics.rank_pixels(maps, mask, stored.get("roi"), known)),
+        ("images", metrics.rank_images(scores, test.label)),
+        ("pixels", metrics.rank_pixels(maps, test.mask, roi, test.has_mask)),
     ]
 
     def curves(curve) -> list[Line]:

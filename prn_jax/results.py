@@ -1,11 +1,9 @@
 """What a run leaves behind: one JSON per category, and the table beside the paper's figures."""
 
-import contextlib
 import datetime
 import importlib.metadata
 import io
 import json
-import os
 import pathlib
 import platform
 import subprocess
@@ -19,7 +17,9 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from prn_jax.errors import UserError, as_os_errors, shown
+from prn_jax import disk
+from prn_jax.errors import UserError, shown
+from prn_jax.splits import Images
 from prn_jax.tiles import Tiling
 
 COLUMNS = {
@@ -76,51 +76,58 @@ def write_run(folder: epath.PathLike, run: dict[str, Any]) -> None:
     Raises:
       ValueError: a figure is not finite.
     """
-    write_file(epath.Path(folder) / "results.json", _as_json(run))
+    disk.write_file(epath.Path(folder) / "results.json", _as_json(run))
 
 
 def write_thresholds(folder: epath.PathLike, step: int, thresholds: dict[str, Any]) -> None:
     """Writes `thresholds.json` into the folder of the checkpoints, for the one of `step`."""
-    write_file(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
+    disk.write_file(epath.Path(folder) / "thresholds.json", _as_json({"step": step, **thresholds}))
 
 
 def write_predictions(
-    folder: epath.PathLike,
-    images: np.ndarray,
-    masks: np.ndarray,
-    maps: np.ndarray,
-    roi: np.ndarray | None = None,
+    folder: epath.PathLike, test: Images, maps: np.ndarray, roi: np.ndarray | None = None
 ) -> None:
     """Writes `predictions.npz` of one category: what a report shows, in the order of `test`.
 
     Args:
       folder: the category's.
-      images: uint8 [n, h, w, 3].
-      masks: uint8 [n, h, w] in {0, 1}.
+      test: the test images.
       maps: float32 [n, h, w] in [0, 1]; stored as float16.
       roi: where an image counts, uint8 [h, w]; None: everywhere.
     """
     buffer = io.BytesIO()
-    region = {} if roi is None else {"roi": roi}
-    np.savez_compressed(buffer, image=images, mask=masks, map=maps.astype(np.float16), **region)
-    write_file(epath.Path(folder) / "predictions.npz", buffer.getvalue())
+    parts = {"image": test.image, "mask": test.mask, "map": maps.astype(np.float16)}
+    np.savez_compressed(buffer, **parts, **({} if roi is None else {"roi": roi}))
+    disk.write_file(epath.Path(folder) / "predictions.npz", buffer.getvalue())
 
 
-def read_predictions(folder: epath.PathLike) -> dict[str, np.ndarray]:
-    """Reads `predictions.npz`: `image`, `mask`, `map` (float16), and `roi` where there is one.
+def read_predictions(folder: epath.PathLike) -> tuple[Images, np.ndarray, np.ndarray | None]:
+    """Reads what `write_predictions` wrote, beside the `results.json` of the same run.
+
+    Returns:
+      The test images, their maps, float32 [n, h, w], and the region of interest or None.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: either file is missing, damaged or of another run.
     """
-    path = epath.Path(folder) / "predictions.npz"
+    folder = epath.Path(folder)
+    path, rows = folder / "predictions.npz", read_run(folder)["test"]
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
-            return {name: stored[name] for name in {"image", "mask", "map", *stored}}
+            image, mask, maps = (stored[name] for name in ("image", "mask", "map"))
+            roi = stored.get("roi")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{shown(path)} is missing or damaged: remove results.json beside it and run the "
             "category again (it is only evaluated)"
         ) from error
+    if len(image) != len(rows):
+        raise UserError(
+            f"{shown(folder)}: results.json and predictions.npz are of different runs; remove "
+            "results.json and run the category again (it is only evaluated)"
+        )
+    test = Images(image, mask, [x["defect"] for x in rows], [x["id"] for x in rows])
+    return test, maps.astype(np.float32), roi
 
 
 def is_run(folder: epath.Path) -> bool:
@@ -206,7 +213,7 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
         "categories": {name: run["metrics"] for name, run in runs.items()},
         "mean": mean([run["metrics"] for run in runs.values()]),
     }
-    write_file(workdir / "results.json", _as_json(summary))
+    disk.write_file(workdir / "results.json", _as_json(summary))
     lines = [
         f"# PRN on {dataset}",
         "",
@@ -217,7 +224,7 @@ def write_table(workdir: epath.PathLike, dataset: str) -> None:
         *_notes(runs, dataset),
         "",
     ]
-    write_file(workdir / "results.md", "\n".join(lines))
+    disk.write_file(workdir / "results.md", "\n".join(lines))
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -300,19 +307,3 @@ def _notes(runs: dict[str, dict], dataset: str) -> list[str]:
 
 def _as_json(tree: Any) -> str:
     return json.dumps(tree, indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-
-def write_file(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file, complete or not at all."""
-    content = content.encode() if isinstance(content, str) else content
-    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
-    try:
-        with as_os_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {shown(path)}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError), as_os_errors():
-            temporary.unlink(missing_ok=True)  # on a full disk it takes the room

@@ -9,8 +9,8 @@ import os
 import pathlib
 import re
 
-from prn_jax import results, tables
-from prn_jax.errors import UserError, shown
+from prn_jax import disk, tables
+from prn_jax.errors import UserError, shown, shown_first
 
 _Names = dict[pathlib.Path, str]
 
@@ -56,20 +56,20 @@ def join(output: str | os.PathLike, count: int) -> str:
       count: of the parts.
     """
     folders = [folder(output, number, count) for number in range(1, count + 1)]
-    waiting = [number for number, x in enumerate(folders, 1) if not _is_done(x)]
+    waiting = [str(number) for number, x in enumerate(folders, 1) if not _is_done(x)]
     if waiting:
         return (
-            f"{count - len(waiting)} of {count} parts are done, not {_some(waiting)}; the last one "
-            "to end joins the tables"
+            f"{count - len(waiting)} of {count} parts are done, not {shown_first(waiting, 10)}; "
+            "the last one to end joins the tables"
         )
     if len({_made_by(x) for x in folders}) > 1:
         return "the parts are of several checkpoints: run those of the earlier ones again to join"
     output = pathlib.Path(os.path.expanduser(output))
     rows = [row for x in folders for row in json.loads((x / "predictions.json").read_text())]
     rows.sort(key=lambda row: row["image"])
-    results.write_file(output / "predictions.json", json.dumps(rows, indent=2) + "\n")
-    results.write_file(output / "predictions.csv", tables.as_csv(rows))
-    results.write_file(output / "predictions.jsonl", _made_by(folders[0]))  # whose they are
+    disk.write_file(output / "predictions.json", json.dumps(rows, indent=2) + "\n")
+    disk.write_file(output / "predictions.csv", tables.as_csv(rows))
+    disk.write_file(output / "predictions.jsonl", _made_by(folders[0]))  # whose they are
     return f"all {count} parts are done: {shown(output / 'predictions.csv')}"
 
 
@@ -86,7 +86,3 @@ def _made_by(part: pathlib.Path) -> str:
     """The first line of what a next call reads: the checkpoint's."""
     with (part / "predictions.jsonl").open() as file:
         return file.readline()
-
-
-def _some(numbers: list[int], most: int = 10) -> str:
-    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")

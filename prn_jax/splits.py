@@ -14,7 +14,7 @@ from absl import logging
 from PIL import Image
 
 from prn_jax import disk, images
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.metrics import judgeable
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
         logging.warning(
             "%s: %s (%s): they count for the image-level figures alone, and are not drawn as seen "
             "ones",
-            category, what % len(ids), ", ".join(ids[:5]),
+            category, what % len(ids), shown_first(ids),
         )  # fmt: skip
 
 

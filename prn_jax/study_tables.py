@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from prn_jax import results
+from prn_jax import disk, results
 from prn_jax.study import StudyRun, has_finished
 
 # The paper states these two; its PRO and AP per category are second-hand.
@@ -117,17 +117,17 @@ def write_study(runs: Sequence[StudyRun], workdir: epath.PathLike, dataset: str)
         tables += [[name, *line] for line in lines]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([["variation", *head], *tables])
-    results.write_file(folder / "study.md", "\n".join(texts))
-    results.write_file(folder / "study.csv", text.getvalue())
-    results.write_file(folder / "study.tex", _latex(rows, "", "variation"))
+    disk.write_file(folder / "study.md", "\n".join(texts))
+    disk.write_file(folder / "study.csv", text.getvalue())
+    disk.write_file(folder / "study.tex", _latex(rows, "", "variation"))
 
 
 def write_tables(rows: Sequence[Row], workdir: epath.PathLike, dataset: str) -> None:
     """Writes `study.md`, `study.csv` and `study.tex` (booktabs)."""
     folder = epath.Path(os.path.expanduser(workdir))
-    results.write_file(folder / "study.md", _markdown(rows, dataset))
-    results.write_file(folder / "study.csv", _csv(rows, dataset))
-    results.write_file(folder / "study.tex", _latex(rows, dataset))
+    disk.write_file(folder / "study.md", _markdown(rows, dataset))
+    disk.write_file(folder / "study.csv", _csv(rows, dataset))
+    disk.write_file(folder / "study.tex", _latex(rows, dataset))
 
 
 def _columns(dataset: str) -> list[tuple[str, str, bool]]:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 from absl import logging
 
-from prn_jax import regions, results
+from prn_jax import disk, regions
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector, Inspection
 
@@ -247,8 +247,8 @@ def written(
     """Yields what writes rows as they come; both files begin with what was there before."""
     jsonl, table = output / "predictions.jsonl", output / "predictions.csv"
     lines = [_made_by(detector, asked), *known]
-    results.write_file(jsonl, "".join(_json_line(x) for x in lines))
-    results.write_file(table, as_csv([public(row, asked) for row in chosen]))
+    disk.write_file(jsonl, "".join(_json_line(x) for x in lines))
+    disk.write_file(table, as_csv([public(row, asked) for row in chosen]))
     with contextlib.ExitStack() as stack:
         files = []
 

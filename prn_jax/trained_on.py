@@ -9,8 +9,8 @@ import json
 import numpy as np
 from etils import epath
 
-from prn_jax import results
-from prn_jax.errors import UserError, shown
+from prn_jax import disk
+from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.splits import Images
 
 _FILE = "trained_on.json"
@@ -43,12 +43,11 @@ def remember(
     leaked = [id_ for image, id_ in each if digest(image) in moved]
     if leaked:
         raise UserError(
-            f"the training so far has had {', '.join(leaked[:3])}{', ...' * (len(leaked) > 3)} "
-            "among its images, which would be tested on now: put the images back, or give another "
-            "--workdir"
+            f"the training so far has had {shown_first(leaked, 3)} among its images, which would "
+            "be tested on now: put the images back, or give another --workdir"
         )
     stored = json.dumps(before | found, indent=0, sort_keys=True)
-    results.write_file(epath.Path(folder) / _FILE, stored + "\n")
+    disk.write_file(epath.Path(folder) / _FILE, stored + "\n")
 
 
 def recall(folder: epath.PathLike) -> dict[str, str] | None:

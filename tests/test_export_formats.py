@@ -14,6 +14,7 @@ import prn_jax
 from prn_jax import export, images
 from prn_jax.errors import UserError
 from prn_jax.export import calibration, check
+from prn_jax.splits import Images
 from tests.trees import draw, save
 
 CAMERA = (90, 120)
@@ -165,7 +166,8 @@ def test_rounding_is_judged_by_what_it_costs():
     mask = np.zeros((40, 16, 16), np.uint8)
     mask[20:, 4:8, 4:8] = 1
     mask[39] = 0  # an anomalous image without a mask
-    split = check.TestSplit(np.zeros((40, 16, 16, 3), np.uint8), mask, np.arange(40) // 20)
+    names = ["good"] * 20 + ["dent"] * 20
+    split = Images(np.zeros((40, 16, 16, 3), np.uint8), mask, names, list(map(str, range(40))))
     maps = (0.3 * mask + rng.uniform(0, 0.5, mask.shape)).astype(np.float32)
     scores = maps.max(axis=(1, 2))
     own = check.Results(maps, scores, scores, 1.0)
@@ -179,7 +181,7 @@ def test_rounding_is_judged_by_what_it_costs():
     )
     with pytest.raises(UserError, match=r"loses more than 0.5 points: .* pixel AP .* before, .*"):
         check.judge("onnx", split, coarse, own)
-    normal = check.TestSplit(split.image[:20], mask[:20], split.label[:20])
+    normal = split.pick(np.arange(20))
     some, _ = own.split(20)
     with pytest.raises(UserError, match="lacks normal or anomalous images"):
         check.judge("onnx", normal, some, some)

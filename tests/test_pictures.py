@@ -5,6 +5,7 @@ from scipy import ndimage
 
 from prn_jax import pictures
 from prn_jax.errors import UserError
+from prn_jax.splits import Images
 
 
 def test_an_outline_leaves_the_defect_itself_visible():
@@ -41,12 +42,9 @@ def test_the_results_sheet_shows_the_hardest_of_each_defect(size, tmp_path):
     count = 9
     images = rng.integers(0, 256, (count, *size, 3)).astype(np.uint8)
     masks = np.zeros((count, *size), np.uint8)
-    labels = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1])
     defects = ["good"] * 3 + ["dent"] * 6
-    sheet = pictures.results_sheet(
-        images, masks, rng.random((count, *size)), rng.random(count), labels, defects,
-        [f"test/{i}" for i in range(count)],
-    )  # fmt: skip
+    test = Images(images, masks, defects, [f"test/{i}" for i in range(count)])
+    sheet = pictures.results_sheet(test, rng.random((count, *size)), rng.random(count))
     assert sheet.width > 400
     assert sheet.height > 300
     pictures.save_png(tmp_path / "a" / "sheet.png", sheet)

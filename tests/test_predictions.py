@@ -306,7 +306,7 @@ def test_a_tail_and_unreadable_files_are_computed_in_the_same_size(folder, monke
         first = images[:, 0, 0, 0].astype(np.float32)
         return images[..., 0].astype(np.float32), first, first
 
-    monkeypatch.setattr(evaluate, "_cached_step", lambda *_: step)
+    monkeypatch.setattr(evaluate, "make_eval_step", lambda *_: step)
     for count in range(1, 40):
         images = np.full((count, 2, 2, 3), np.arange(count)[:, None, None, None], np.uint8)
         _, scores, _ = evaluate.predict(PRN(), None, images, stub.mesh, batch_size=32)

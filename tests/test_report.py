@@ -11,6 +11,7 @@ from clu import metric_writers
 
 from prn_jax import explain, metrics, report, results
 from prn_jax.errors import UserError
+from prn_jax.splits import Images
 
 SIZE = (40, 56)
 
@@ -68,7 +69,8 @@ def make_run(workdir, category, normal=12, anomalous=9):
     }
     folder = workdir / category
     results.write_run(folder, run)
-    results.write_predictions(folder, images, masks, maps)
+    test = Images(images, masks, defects, [x["id"] for x in run["test"]])
+    results.write_predictions(folder, test, maps)
     ids = [f"train/good/{i}" for i in range(3)]
     explain.Normals.of(ids, images[:3], rng.random((3, 5))).write(folder / "checkpoints")
     with contextlib.closing(metric_writers.SummaryWriter(str(folder))) as writer:
@@ -90,9 +92,9 @@ def test_a_workdir_without_results_is_named(tmp_path):
 def test_any_name_is_a_link_and_unknown_masks_are_in_no_curve(tmp_path, monkeypatch):
     name, ranked = "50%_<!--<script>", []
     run = make_run(tmp_path, name)
-    stored = results.read_predictions(tmp_path / name)
-    stored["mask"][-2:] = 0  # of two defects nothing is known
-    results.write_predictions(tmp_path / name, stored["image"], stored["mask"], stored["map"])
+    test, maps, _ = results.read_predictions(tmp_path / name)
+    test.mask[-2:] = 0  # of two defects nothing is known
+    results.write_predictions(tmp_path / name, test, maps)
     rank = metrics.rank_pixels
     monkeypatch.setattr(metrics, "rank_pixels", lambda *x: ranked.append(x) or rank(*x))
     report.write_report(tmp_path, tmp_path / "report.html")

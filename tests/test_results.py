@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from prn_jax import results
+from prn_jax import disk, results
 from prn_jax.errors import UserError
+from prn_jax.splits import Images
 
 
 def make_run(category, value=0.9, dataset="mvtec_ad"):
@@ -73,7 +74,7 @@ def test_copies_and_tables_beside_runs_are_left_out_of_the_table(tmp_path, caplo
 def test_what_could_not_be_written_leaves_nothing(tmp_path):
     (tmp_path / "a.json" / "in the way").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot write .*a.json"):
-        results.write_file(epath.Path(tmp_path / "a.json"), "{}")
+        disk.write_file(epath.Path(tmp_path / "a.json"), "{}")
     assert [x.name for x in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -100,18 +101,26 @@ def test_predictions_come_back_and_their_absence_is_named(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 4, 5, 3)).astype(np.uint8)
     masks, maps = images[..., 0] % 2, rng.random((2, 4, 5)).astype(np.float32)
-    results.write_predictions(tmp_path, images, masks, maps)
-    found = results.read_predictions(tmp_path)
-    np.testing.assert_array_equal(found["image"], images)
-    np.testing.assert_array_equal(found["mask"], masks)
-    np.testing.assert_allclose(found["map"], maps, atol=1e-3)
+    test = Images(images, masks, ["good", "dent"], ["test/good/0", "test/dent/0"])
+    rows = [{"id": id_, "defect": defect} for id_, defect in zip(test.id, test.defect)]
+    results.write_run(tmp_path, make_run("bottle") | {"test": rows})
+    results.write_predictions(tmp_path, test, maps)
+    found, found_maps, roi = results.read_predictions(tmp_path)
+    np.testing.assert_array_equal(found.image, images)
+    np.testing.assert_array_equal(found.mask, masks)
+    assert (found.defect, found.id) == (test.defect, test.id)
+    np.testing.assert_allclose(found_maps, maps, atol=1e-3)
+    assert roi is None
+    results.write_predictions(tmp_path, test, maps, masks[0])
+    np.testing.assert_array_equal(results.read_predictions(tmp_path)[2], masks[0])
     whole = (tmp_path / "predictions.npz").read_bytes()
     for damaged in (b"", whole[:-9]):
         (tmp_path / "predictions.npz").write_bytes(damaged)
         with pytest.raises(UserError, match=r"predictions.npz is missing or damaged"):
             results.read_predictions(tmp_path)
+    (tmp_path / "predictions.npz").unlink()
     with pytest.raises(UserError, match=r"predictions.npz is missing or damaged"):
-        results.read_predictions(tmp_path / "nowhere")
+        results.read_predictions(tmp_path)
 
 
 def test_provenance_says_what_one_needs_to_run_it_again():

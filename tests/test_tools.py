@@ -37,24 +37,25 @@ def execute(script, *arguments):
 
 @pytest.mark.slow
 def test_prediction_repeats_the_evaluation(trained, caplog):
-    run, stored = results.read_run(trained), results.read_predictions(trained)
+    run = results.read_run(trained)
+    test, stored, _ = results.read_predictions(trained)
     caplog.clear()
     detector = prn_jax.load(trained)
     assert not [x for x in caplog.records if "/orbax/" in x.pathname]
     assert detector.thresholds["image"] == run["thresholds"]["image"]
-    maps, scores = detector(stored["image"])
-    assert maps.shape == stored["map"].shape
-    np.testing.assert_allclose(maps, stored["map"].astype(np.float32), atol=1e-3)
+    maps, scores = detector(test.image)
+    assert maps.shape == stored.shape
+    np.testing.assert_allclose(maps, stored, atol=1e-3)
     np.testing.assert_allclose(scores, [x["score"] for x in run["test"]], atol=1e-5)
     np.testing.assert_allclose(
-        detector.inspect(stored["image"]).distance, [x["distance"] for x in run["test"]], rtol=1e-4
+        detector.inspect(test.image).distance, [x["distance"] for x in run["test"]], rtol=1e-4
     )
     normals = explain.read(trained)
-    nearest = [id_ for id_, _ in explain.explain(detector, normals, list(stored["image"]))]
+    nearest = [id_ for id_, _ in explain.explain(detector, normals, list(test.image))]
     assert nearest == [x["nearest"] for x in run["test"]]
     assert set(nearest) <= set(normals.id)
     # Any sizes, and grey: each map at its image's own size.
-    image = stored["image"][0]
+    image = test.image[0]
     images = [image, image[..., 0], np.zeros((70, 130, 3), np.uint8)]
     maps, scores = detector(images)
     assert [m.shape for m in maps] == [(64, 64), (64, 64), (70, 130)]
@@ -92,7 +93,7 @@ def test_prediction_resizes_as_training_does():
 def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     folder = tmp_path / "images"
     (folder / "deeper").mkdir(parents=True)
-    image = results.read_predictions(trained)["image"][0]
+    image = results.read_predictions(trained)[0].image[0]
     rng = np.random.default_rng(0)
     Image.fromarray(image).save(folder / "a.png")
     Image.fromarray(rng.integers(0, 2**16, (50, 90), np.uint16)).save(folder / "deeper/a.png")
@@ -140,22 +141,22 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
-    stored, run = results.read_predictions(trained), results.read_run(trained)
+    test, run = results.read_predictions(trained)[0], results.read_run(trained)
     config = ConfigDict(run["config"]).unlock()
     config.image_size = tuple(config.image_size)
     seen = input_pipeline.load_category(config, PRODUCT).seen.image
-    for number, (image, row) in enumerate(zip(stored["image"], run["test"])):
+    for number, (image, row) in enumerate(zip(test.image, run["test"])):
         folder = "good" if row["defect"] == "good" else "Ü 划痕"
         trees.save(tmp_path / f"day/test/{folder}/{number:03d}.png", image)
         if row["defect"] != "good":
-            mask = stored["mask"][number] * np.uint8(255)
+            mask = test.mask[number] * np.uint8(255)
             trees.save(tmp_path / f"day/ground_truth/{folder}/{number:03d}.png", mask)
     trees.save(tmp_path / "day/test/Ü 划痕/renamed.png", seen[0])
     output = tmp_path / "out"
     result = execute("evaluate", f"--checkpoint={trained}", f"--images={tmp_path}/day",
                      f"--output={output}")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    left_out = f"1 of {len(stored['image']) + 1} images were trained on and are left out"
+    left_out = f"1 of {len(test) + 1} images were trained on and are left out"
     assert f"{left_out}: test/Ü 划痕/renamed" in result.stderr
     assert "1 anomalous images have no mask" in result.stderr
     found = json.loads((output / "evaluation.json").read_text())
@@ -187,7 +188,7 @@ def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_was_predicted_and_the_same_command_goes_on(trained, tmp_path):
-    image = results.read_predictions(trained)["image"][0]
+    image = results.read_predictions(trained)[0].image[0]
     for number in range(300):
         Image.fromarray(np.roll(image, number, axis=1)).save(tmp_path / f"{number:03d}.png")
     arguments = ["predict", f"--checkpoint={trained}", f"--output={tmp_path}/out", "--nopictures",

@@ -23,6 +23,7 @@ from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError
 from prn_jax.export import check, graph, onnx, openvino, place, savedmodel, stablehlo
 from prn_jax.predict import Detector
+from prn_jax.splits import Images
 
 FORMATS: dict[str, ModuleType] = {
     "stablehlo": stablehlo,
@@ -74,7 +75,7 @@ def export(
     batch_size: int = 0,
     opset: int | None = None,
     calibration: np.ndarray | None = None,
-    split: check.TestSplit | None = None,
+    split: Images | None = None,
 ) -> Checked:
     """Writes an export, after it was run and compared with the checkpoint.
 

@@ -25,6 +25,7 @@ from etils import epath
 from prn_jax import images, metrics, results
 from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.export.graph import Graph, Size
+from prn_jax.splits import Images
 
 TOLERANCE = 1e-4
 MOST_LOST = 0.005  # of image AUROC and of pixel AP
@@ -106,33 +107,6 @@ class Results:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class TestSplit:
-    """Test images at the network's size, and what is known of them.
-
-    Attributes:
-      image: uint8 [n, h, w, 3].
-      mask: [n, h, w], anything but 0 is marked.
-      label: 1 for anomalous, 0 for normal, [n].
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
-    label: np.ndarray
-
-    def figures(self, found: Results) -> dict[str, float | None]:
-        """Image AUROC and pixel AP; anomalous images without a mask count for the first alone."""
-        known = metrics.judgeable(self.label, self.mask)
-        rankings = (
-            metrics.rank_images(found.scores, self.label),
-            metrics.rank_pixels(found.maps, self.mask, known=known),
-        )
-        return {
-            "image_auroc": metrics.auroc(rankings[0]),
-            "pixel_ap": metrics.average_precision(rankings[1]),
-        }
-
-
 # --- images ---------------------------------------------------------------------------------------
 
 
@@ -177,7 +151,7 @@ def run_folder(checkpoint: str | os.PathLike) -> epath.Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-def read_run(folder: str | os.PathLike) -> TestSplit:
+def read_run(folder: str | os.PathLike) -> Images:
     """The test images of a training.
 
     Args:
@@ -192,12 +166,10 @@ def read_run(folder: str | os.PathLike) -> TestSplit:
             f"no test images of the training in {shown(folder)}: exact formats are compared on a "
             "folder of images, --images; others need the test split"
         )
-    stored = results.read_predictions(folder)
-    defects = [x["defect"] for x in results.read_run(folder)["test"]]
-    return TestSplit(stored["image"], stored["mask"], np.array([x != "good" for x in defects], int))
+    return results.read_predictions(folder)[0]
 
 
-def enlarged(split: TestSplit, given: Size) -> list[bytes]:
+def enlarged(split: Images, given: Size) -> list[bytes]:
     """Test images as files at a camera's size; where that is another, some of them."""
     chosen = np.arange(len(split.image))
     if given != split.image.shape[1:3] and len(chosen) > _ENLARGED:
@@ -208,8 +180,10 @@ def enlarged(split: TestSplit, given: Size) -> list[bytes]:
 # --- running --------------------------------------------------------------------------------------
 
 
-def run(kind: str, runtime: ModuleType, path: pathlib.Path, files: Sequence[bytes], batch: int):
-    """Runs an export on image files in a fresh process: `Results`.
+def run(
+    kind: str, runtime: ModuleType, path: pathlib.Path, files: Sequence[bytes], batch: int
+) -> Results:
+    """Runs an export on image files in a fresh process.
 
     Args:
       kind: the format, for messages.
@@ -277,7 +251,7 @@ def require_same(kind: str, found: Results, expected: Results, of: str) -> None:
 
 
 def judge(
-    kind: str, split: TestSplit, found: Results, expected: Results
+    kind: str, split: Images, found: Results, expected: Results
 ) -> dict[str, tuple[float, float]]:
     """Accepts an export that is rounded on purpose by what it is worth on the test split.
 
@@ -288,7 +262,7 @@ def judge(
     Raises:
       UserError: one is lower by more than `MOST_LOST`, or none is defined.
     """
-    before, after = split.figures(expected), split.figures(found)
+    before, after = _figures(split, expected), _figures(split, found)
     figures = {k: (v, after[k]) for k, v in before.items() if v is not None}
     if not figures:
         raise unjudged(kind)
@@ -298,6 +272,15 @@ def judge(
             f"{describe(figures)}: nothing was written"
         )
     return figures
+
+
+def _figures(split: Images, found: Results) -> dict[str, float | None]:
+    """Image AUROC and pixel AP; anomalous images without a mask count for the first alone."""
+    pixels = metrics.rank_pixels(found.maps, split.mask, known=split.has_mask)
+    return {
+        "image_auroc": metrics.auroc(metrics.rank_images(found.scores, split.label)),
+        "pixel_ap": metrics.average_precision(pixels),
+    }
 
 
 def unjudged(kind: str) -> UserError:

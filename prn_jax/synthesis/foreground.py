@@ -18,7 +18,8 @@ from absl import logging
 from etils import epath
 from scipy import ndimage, spatial
 
-from prn_jax.errors import as_os_errors
+from prn_jax import disk
+from prn_jax.errors import UserError
 
 # Fractions of the image's side, and of its pixels.
 _CORNER = 0.06
@@ -67,13 +68,10 @@ def cached_foreground(images: np.ndarray, folder: epath.PathLike) -> tuple[np.nd
     masks, is_object = estimate_foreground(images)
     packed, content = np.packbits(masks, axis=-1), io.BytesIO()
     np.savez_compressed(content, packed=packed, is_object=is_object, digest=digest.hexdigest())
-    temporary = path.parent / f".{path.name}.part"
     try:
-        with as_os_errors():
-            temporary.write_bytes(content.getvalue())
-            temporary.replace(path)
-    except OSError as error:
-        logging.warning("the foreground is not cached: %s", error.strerror or error)
+        disk.write_file(path, content.getvalue())
+    except UserError as error:
+        logging.warning("the foreground is not cached: %s", error)
     return masks, is_object
 
 
