@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from prn_jax import evaluate, explain, pictures, results, thresholds, trained_on
 from prn_jax import mesh as meshes
 from prn_jax import train as training
-from prn_jax.checkpoints import Checkpoints
+from prn_jax.checkpoints import Checkpoints, digest
 from prn_jax.identity import Identity, as_dict
 from prn_jax.tiles import Tiling
 
@@ -262,7 +262,12 @@ def _write(
             board.write_test(writer, steps, data.test, found.maps, found.metrics)
     # What decides lies beside what computes: a copy of the checkpoints is enough to predict.
     checkpoints = folder / "checkpoints"
-    results.write_thresholds(checkpoints, steps, chosen | {"score_pixels": config.score_pixels})
+    made_for = {
+        "score_pixels": config.score_pixels,
+        "network": digest(trained.variables),
+        "dtype": np.dtype(trained.model.dtype).name,
+    }
+    results.write_thresholds(checkpoints, steps, chosen | made_for)
     found.normals.write(checkpoints)
     results.write_predictions(folder, data.test, found.maps, data.roi)
     results.write_run(folder, run)

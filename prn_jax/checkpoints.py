@@ -8,6 +8,7 @@ leaves the previous checkpoint whole.
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import pathlib
@@ -165,6 +166,16 @@ class Checkpoints:
         """Waits and frees the background threads."""
         with _writable(self.folder):
             self._manager.close()
+
+
+def digest(network: Tree) -> str:
+    """Tells a network's arrays, as `Checkpoints.restore_model` gives them, from another's."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(network):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        found.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        found.update(array.data)
+    return found.hexdigest()
 
 
 def check_name(folder: str | os.PathLike) -> None:

@@ -20,6 +20,12 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode in GREY or (";16" in _raw_mode(image) and image.mode != "CMYK")
 
 
+def is_cut(image: Image.Image) -> bool:
+    """Whether Pillow itself cuts or stretches the levels of an image that is not loaded yet."""
+    of_levels = image.format == "PPM" or image.mode not in GREY
+    return bool(getattr(image, "tile", ())) and of_levels and is_deep(image)
+
+
 def is_scrambled(image: Image.Image) -> bool:
     """Whether it is TIFF with each 16-bit colour in a plane of its own, which Pillow misreads."""
     tags = image.tag_v2 if image.format == "TIFF" else {}

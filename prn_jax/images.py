@@ -6,6 +6,7 @@ Everything else that Pillow opens (BMP, TIFF, 16-bit, CMYK, palette, alpha, EXIF
 decoded and encoded anew as an 8-bit RGB PNG.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -30,7 +31,10 @@ _NO_PICTURES = (
     "WMF",
 )
 # Files that operating systems and programs put among the images.
-_JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"})
+_JUNK = frozenset(
+    {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
+    | {"lost+found", "system volume information", "$recycle.bin"}  # of a disk's own
+)
 
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
 _SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)  # of a pixel's area, see `resize_mask`
@@ -81,12 +85,15 @@ def why_skipped(path: pathlib.Path) -> str:
     """Says why a path is not taken for an image; "" where it is."""
     if path.name.startswith(".") or path.name.lower() in _JUNK:
         return "hidden or a system's"
-    if path.is_dir():
-        return "a folder"
-    if path.suffix.lower() not in extensions():
-        return "no type of image that Pillow reads"
-    # A link that leads nowhere is an image that can't be read, which its reader says.
-    return "" if path.is_file() or path.is_symlink() else "not a file but a device or a pipe"
+    is_named = path.suffix.lower() in extensions()
+    # A link that leads nowhere is an image that can't be read, which its reader says; so is a file
+    # of which a share says nothing.
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            return "a folder"
+        if is_named and not (path.is_file() or path.is_symlink()):
+            return "not a file but a device or a pipe"
+    return "" if is_named else "no type of image that Pillow reads"
 
 
 def find_images(
@@ -218,15 +225,29 @@ def read_array(path: pathlib.Path, white: int = 0) -> np.ndarray:
             "%s holds %d images: the first is read, as of each such file (said once)",
             1, shown(path), picture.pages,
         )  # fmt: skip
-    if not white:  # It was trained on 8-bit images: better a guess than a black image.
-        white = white_level(max(picture.declared, int(picture.levels.max(initial=0))))
-        if picture.levels.dtype != np.uint8:
-            logging.log_first_n(
-                logging.WARNING,
-                "%s has more than 8 bits and no white level is known: level %d is taken for white, "
-                "and each such file's own guess (said once)", 1, shown(path), white,
-            )  # fmt: skip
+    white = known_white(picture.levels, white, shown(path), picture.declared)
     return _rgb(to_uint8(picture.levels, white))
+
+
+def known_white(levels: np.ndarray, white: int, name: str, declared: int = 0) -> int:
+    """The white level of an image to predict: `white`, or a guess, which is said once.
+
+    Args:
+      levels: uint8 or uint16.
+      white: of the images that were trained on; 0 if they had 8 bits: then a guess is better than a
+        black image.
+      name: of the image, for the message.
+      declared: see `Picture`.
+    """
+    if white or levels.dtype == np.uint8:
+        return white
+    white = white_level(max(declared, int(levels.max(initial=0))))
+    logging.log_first_n(
+        logging.WARNING,
+        "%s has more than 8 bits and no white level is known: level %d is taken for white, and of "
+        "each such image its own guess (said once)", 1, name, white,
+    )  # fmt: skip
+    return white
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -283,10 +304,10 @@ def _rgb(array: np.ndarray) -> np.ndarray:
 
 
 def _read(path: pathlib.Path, erase: bool) -> Picture:
-    if not path.is_file():
-        what = "a link that leads nowhere" if path.is_symlink() else "no such file"
-        raise UserError(f"{shown(path)}: {'not a file' if path.exists() else what}")
     try:
+        if not path.is_file():
+            what = "a link that leads nowhere" if path.is_symlink() else "no such file"
+            raise UserError("not a file" if path.exists() else what)
         data = path.read_bytes()
         if not data:
             raise ValueError("the file is empty")

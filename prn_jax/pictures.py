@@ -147,9 +147,9 @@ def save_map(path: pathlib.Path, values: np.ndarray) -> None:
 
 def is_prediction(path: pathlib.Path) -> bool:
     """Whether a file is a picture that a prediction wrote, which is no image of a product."""
-    if path.suffix not in (".png", ".tiff") or not path.is_file():
-        return False
     try:
+        if path.suffix not in (".png", ".tiff") or not path.is_file():
+            return False
         with Image.open(path) as image:
             tags = getattr(image, "tag_v2", {})
             return _PREDICTION in (image.info.get("Description"), tags.get(_DESCRIPTION))

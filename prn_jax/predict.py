@@ -21,12 +21,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from prn_jax import evaluate
+from prn_jax import deep, evaluate
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints, folder_of
+from prn_jax.checkpoints import digest as digest_of
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import Identity
-from prn_jax.images import read_array, resize, to_uint8, upright
+from prn_jax.images import known_white, read_array, resize, to_uint8, upright
 from prn_jax.models.prn import PRN, create_model
 from prn_jax.tiles import Tiling
 
@@ -196,32 +197,32 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
             network = checkpoints.restore_model(step)
         finally:
             checkpoints.close()
-    config, thresholds = ConfigDict(identity.config), _thresholds(folder, step)
+    config, network_digest = ConfigDict(identity.config), digest_of(network)
+    thresholds = _thresholds(folder, step, network_digest)
     if thresholds:  # with what they were chosen for; it may have changed since the checkpoint
         config.score_pixels = thresholds.get("score_pixels", config.score_pixels)
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     variables = meshes.replicate(mesh, jax.device_get(network))
     stored = network["prototypes"]["scale_0"]["maps"].shape[0]
     model = create_model(config, max(1, stored // Tiling.of(config).count))
-    digest = hashlib.sha256(json.dumps([identity.as_json(), step], sort_keys=True).encode())
+    say_type(thresholds, model.dtype)
+    told = [identity.as_json(), step, network_digest]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     return Detector(
         model, variables, config, step, thresholds, mesh, identity.white_level, digest.hexdigest(),
         identity, folder,
     )  # fmt: skip
 
 
-def fit(image: ImageLike, size: tuple[int, int], white: int = 0) -> np.ndarray:
-    """Brings one image to the network's size as training does.
-
-    Args:
-      image: see `Detector`.
-      size: (height, width) in pixels.
-      white: see `images.to_uint8`.
-
-    Returns:
-      uint8 [height, width, 3].
-    """
-    return resize(_pixels(image, white), size)
+def say_type(thresholds: dict[str, Any] | None, dtype: np.typing.DTypeLike) -> None:
+    """Warns where scores are computed in another type than those that set the thresholds."""
+    here = np.dtype(dtype).name
+    there = (thresholds or {}).get("dtype", here)
+    if here != there:
+        logging.warning(
+            "scores are computed in %s here, in %s where the thresholds were chosen: they differ "
+            "by up to a hundredth, and so may verdicts near a threshold", here, there,
+        )  # fmt: skip
 
 
 def _is_one(images: Any) -> bool:
@@ -246,6 +247,8 @@ def _pixels(image: ImageLike, white: int) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return read_array(pathlib.Path(os.path.expanduser(image)), white)
     if isinstance(image, Image.Image):
+        if deep.is_cut(image):
+            raise UserError("Pillow does not keep the levels of more than 8 bits: give its path")
         image = upright(image)
     if not hasattr(image, "__array__"):
         raise UserError(
@@ -265,6 +268,7 @@ def _pixels(image: ImageLike, white: int) -> np.ndarray:
     elif image.dtype not in (np.uint8, np.uint16):
         hint = "give uint8 or uint16, 0 being black"
     else:
+        white = known_white(image, white, "an image")
         return np.broadcast_to(to_uint8(image, white), (*image.shape[:2], 3))
     raise UserError(f"an image of shape {image.shape} and type {image.dtype}: {hint}")
 
@@ -299,7 +303,7 @@ def _without_orbax_warnings() -> Iterator[None]:
         logger.removeFilter(ours)
 
 
-def _thresholds(folder: epath.Path, step: int) -> dict[str, Any] | None:
+def _thresholds(folder: epath.Path, step: int, network: str) -> dict[str, Any] | None:
     path = folder / "thresholds.json"
     try:
         stored = json.loads(path.read_text())
@@ -312,6 +316,12 @@ def _thresholds(folder: epath.Path, step: int) -> dict[str, Any] | None:
         logging.warning(
             "%s is of step %d, the checkpoint of step %d: thresholds left out",
             shown(path), stored["step"], step,
+        )  # fmt: skip
+        return None
+    if stored.get("network", network) != network:
+        logging.warning(
+            "%s is of another network than the checkpoint: thresholds left out; copy the whole "
+            "folder once more", shown(path),
         )  # fmt: skip
         return None
     return stored

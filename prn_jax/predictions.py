@@ -137,6 +137,8 @@ def prepare(output: str | os.PathLike) -> pathlib.Path:
       UserError: it cannot be made or written to, or has tables that no prediction wrote.
     """
     check_outside(output, "--output")
+    if "://" in os.fspath(output):
+        raise UserError(f"--output={shown(output)}: predictions are written to a local folder")
     folder = pathlib.Path(os.path.expanduser(output))
     tables.check_free(folder)
     try:
@@ -177,9 +179,11 @@ def predict_files(
       UserError: something cannot be written, or would replace what no prediction wrote.
     """
     _check_free(output, names.values(), asked)
+    # It is of the last call that came to its end.
+    (output / "predictions.json").unlink(missing_ok=True)
     done = tables.earlier(output, detector, asked)
     rows = {
-        path: done[key]
+        path: done[key] | {"image": tables.text(path)}
         for path, name in names.items()
         if (key := tables.key(path)) in done and tables.holds(done[key], output, name, asked)
     }
@@ -203,18 +207,18 @@ def predict_files(
     with tables.written(output, detector, done.values(), rows.values(), asked) as write, bar:
         try:
             for batch in _read_ahead(pool, missing, size, detector.white_level):
-                readable = [image for _, image in batch if not isinstance(image, UserError)]
+                readable = [image for *_, image in batch if not isinstance(image, UserError)]
                 found = map(Inspection, *detector.inspect(readable, tiles, fill=True))
                 jobs, alarms = [], []
-                for path, image in batch:
+                for path, key, image in batch:
                     if isinstance(image, UserError):
                         tqdm.write(f"skipped: {image}", file=sys.stderr)
                         rows[path] = tables.failed(path, image)
                         continue
                     one = next(found)
                     name = names[path] if with_files else ""
-                    rows[path], mask = tables.make(path, one, name, asked)
-                    rows[path]["files"] += files.get((tables.key(path), name), [])
+                    rows[path], mask = tables.make(path, key, one, name, asked)
+                    rows[path]["files"] += files.get((key, name), [])
                     seen = _Seen(output / names[path], image, one, mask)
                     jobs.append(pool.submit(_write_files, seen, asked))
                     if asked.explain and asked.alarms(rows[path]):
@@ -226,7 +230,7 @@ def predict_files(
                         jobs.append(pool.submit(_write_why, seen, id_, normal))
                 for job in jobs:
                     job.result()
-                write([rows[path] for path, _ in batch])
+                write([rows[path] for path, *_ in batch])
                 bar.update(len(batch))
                 if bar.disable and time.monotonic() - line > _SECONDS_PER_LINE:
                     line = time.monotonic()
@@ -243,14 +247,15 @@ def predict_files(
 
 def _read_ahead(
     pool: concurrent.futures.Executor, paths: list[pathlib.Path], size: int, white: int
-) -> Iterator[list[tuple[pathlib.Path, np.ndarray | UserError]]]:
-    """Lists of paths with their images or what is wrong; the next one is being read meanwhile."""
+) -> Iterator[list[tuple[pathlib.Path, tables.Key | None, np.ndarray | UserError]]]:
+    """Lists of paths, keys, and images or what is wrong; the next one is being read meanwhile."""
 
     def read(path):
+        key = tables.key(path)
         try:
-            return path, images.read_array(path, white)
+            return path, key, images.read_array(path, white)
         except UserError as error:
-            return path, error
+            return path, key, error
 
     ahead = []
     for start in range(0, len(paths), size):

@@ -97,7 +97,7 @@ def predict_files(
         checkpoint = os.path.abspath(os.path.expanduser(checkpoint))
     done = _done(output, load(checkpoint).digest)
     files = [os.path.abspath(os.path.expanduser(path)) for path in dict.fromkeys(paths)]
-    missing = [path for path in files if done.get(path) != _state(path)]
+    missing = [path for path in files if (path, *_state(path)) not in done]
     if len(missing) < len(files):
         logging.info("%d of %d images were done before", len(files) - len(missing), len(files))
     if not missing:
@@ -129,13 +129,13 @@ def _state(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _done(output: str, digest: str) -> dict[str, tuple[int, int]]:
-    """What the files were that have a row already, by path."""
+def _done(output: str, digest: str) -> set[tuple[str, int, int]]:
+    """The paths and states of the files that have a row already."""
     import pyarrow
     from pyarrow import dataset
 
     if not os.path.isdir(output) or not os.listdir(output):
-        return {}
+        return set()
     try:
         rows = dataset.dataset(output, format="parquet").to_table()
         rows = rows.select(["image", "bytes", "modified", "error", "checkpoint"]).to_pylist()
@@ -144,7 +144,7 @@ def _done(output: str, digest: str) -> dict[str, tuple[int, int]]:
             f"{shown(output)} holds something else than earlier rows: give another folder"
         ) from error
     return {
-        row["image"]: (row["bytes"], row["modified"])
-        for row in sorted(rows, key=lambda row: row["modified"])
+        (row["image"], row["bytes"], row["modified"])
+        for row in rows
         if row["checkpoint"] == digest and not row["error"]
     }

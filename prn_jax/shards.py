@@ -29,7 +29,7 @@ def parse(text: str) -> tuple[int, int]:
 
 
 def select(names: _Names, number: int, count: int) -> _Names:
-    """The files of a part, whatever else is there: by a hash of their names, about as many each.
+    """The files of a part, whatever else is there: by a hash of their paths, about as many each.
 
     Args:
       names: from `predictions.find`.
@@ -39,7 +39,8 @@ def select(names: _Names, number: int, count: int) -> _Names:
     return {
         path: name
         for path, name in names.items()
-        if int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % count == number - 1
+        if int(hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest(), 16) % count
+        == number - 1
     }
 
 
@@ -63,7 +64,10 @@ def join(output: str | os.PathLike, count: int) -> str:
             "the last one to end joins the tables"
         )
     if len({_made_by(x) for x in folders}) > 1:
-        return "the parts are of several checkpoints: run those of the earlier ones again to join"
+        return (
+            "the parts are of several checkpoints or thresholds: run those of the earlier ones "
+            "again to join"
+        )
     output = pathlib.Path(os.path.expanduser(output))
     rows = [row for x in folders for row in json.loads((x / "predictions.json").read_text())]
     rows.sort(key=lambda row: row["image"])
@@ -74,12 +78,8 @@ def join(output: str | os.PathLike, count: int) -> str:
 
 
 def _is_done(part: pathlib.Path) -> bool:
+    """Not while it runs again: see `predictions.predict_files`."""
     return (part / "predictions.json").exists()
-
-
-def begin(part: pathlib.Path) -> None:
-    """A part that runs again is not done until it ends."""
-    (part / "predictions.json").unlink(missing_ok=True)
 
 
 def _made_by(part: pathlib.Path) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
@@ -25,10 +25,11 @@ FIELDS = ("image", "score", "verdict", "highest", "row", "column", "distance", "
           "regions", "largest", "nearest", "error")  # fmt: skip
 # Endings of maps: that of MVTec AD's own evaluation, and one that no image has.
 MAPS = {"tiff": ".tiff", "npy": "_map.npy"}
+_LIMITS = ("threshold", "distance")  # of `Asked`: verdicts depend on them, rows do not
 FILES = ("predictions.csv", "predictions.json", "predictions.jsonl")
 
 Row = dict[str, Any]
-Key = tuple[str, int, int]
+Key = tuple[str, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +82,15 @@ def beside(stem: pathlib.Path, ending: str) -> pathlib.Path:
 
 
 def key(path: pathlib.Path) -> Key | None:
-    """What tells an image from others and from what its file was before."""
+    """What tells an image from others and from what its file was before; taken before it is read.
+
+    The time of the entry's change, too: cameras without a clock and copies repeat the other.
+    """
     try:
         status = path.stat()
     except OSError:
         return None
-    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def holds(row: Row, output: pathlib.Path, name: str, asked: Asked) -> bool:
@@ -103,11 +107,14 @@ def holds(row: Row, output: pathlib.Path, name: str, asked: Asked) -> bool:
     )
 
 
-def make(path: pathlib.Path, found: Inspection, name: str, asked: Asked) -> tuple[Row, np.ndarray]:
+def make(
+    path: pathlib.Path, key: Key | None, found: Inspection, name: str, asked: Asked
+) -> tuple[Row, np.ndarray]:
     """What is known of an image, and its mask at the pixel threshold, bool [h, w].
 
     Args:
       path: its file.
+      key: of it, as it was when it was read; None where no later call asks for it.
       found: of this image.
       name: of its files; "" where there are none.
       asked: what is asked for.
@@ -117,8 +124,8 @@ def make(path: pathlib.Path, found: Inspection, name: str, asked: Asked) -> tupl
     if asked.pixel_threshold is not None:
         mask, cut = regions.find(found.map, asked.pixel_threshold, asked.min_area)
     known = {
-        "image": _text(path),
-        "key": key(path),
+        "image": text(path),
+        "key": key,
         "pictures": name,
         "score": float(found.score),
         "highest": round(float(found.map.max()), 6),
@@ -133,10 +140,10 @@ def make(path: pathlib.Path, found: Inspection, name: str, asked: Asked) -> tupl
 
 def failed(path: pathlib.Path, error: UserError) -> Row:
     """The row of a file that cannot be read."""
-    return {"image": _text(path), "error": str(error)}
+    return {"image": text(path), "error": str(error)}
 
 
-def _text(path: pathlib.Path) -> str:
+def text(path: pathlib.Path) -> str:
     """A path for the tables, which are UTF-8: other bytes are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -174,14 +181,18 @@ def as_csv(rows: Sequence[Row], header: bool = True) -> str:
 
 
 def _made_by(detector: Detector, asked: Asked) -> dict[str, Any]:
-    """What tells a network's scores and regions from another's."""
-    config = json.loads(detector.config.to_json())
+    """What tells a network's scores and regions from another's, and verdicts from others."""
     return {
         "checkpoint": detector.digest,
-        "score_pixels": config["score_pixels"],
+        "score_pixels": detector.config.score_pixels,
         "pixel_threshold": asked.pixel_threshold,
         "min_area": asked.min_area,
-    }
+    } | {name: getattr(asked, name) for name in _LIMITS}
+
+
+def _of_rows(made_by: dict[str, Any]) -> dict[str, Any]:
+    """What rows depend on: they hold scores, not verdicts."""
+    return {name: value for name, value in made_by.items() if name not in _LIMITS}
 
 
 def is_earlier(output: pathlib.Path) -> bool:
@@ -227,7 +238,7 @@ def earlier(output: pathlib.Path, detector: Detector, asked: Asked) -> dict[Key,
                 rows[tuple(row["key"])] = row
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a call that was killed
-    if rows and made_by != _made_by(detector, asked):
+    if rows and _of_rows(made_by or {}) != _of_rows(_made_by(detector, asked)):
         logging.warning(
             "%s holds predictions of another checkpoint, pixel threshold or least area: they are "
             "replaced", shown(output)
@@ -255,25 +266,25 @@ def written(
         def write(rows: list[Row]) -> None:
             try:
                 if not files:
+                    # Without a buffer: what a full disk did not take is not tried again at the end.
                     files.extend(
-                        stack.enter_context(path.open("a", encoding="utf-8", newline=""))
-                        for path in (jsonl, table)
+                        stack.enter_context(path.open("ab", buffering=0)) for path in (jsonl, table)
                     )
                 texts = (
                     "".join(_json_line(x) for x in rows),
                     as_csv([public(row, asked) for row in rows], header=False),
                 )
                 for file, text in zip(files, texts):
-                    _append(file, text)
+                    _append(file, text.encode())
             except OSError as error:
                 raise UserError(f"cannot write to {shown(output)}: {error.strerror}") from error
 
         yield write
 
 
-def _append(file: TextIO, text: str) -> None:
-    file.write(text)
-    file.flush()
+def _append(file: BinaryIO, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def _json_line(content: dict[str, Any]) -> str:

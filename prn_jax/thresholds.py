@@ -102,13 +102,8 @@ def choose(
     )
 
 
-def describe(thresholds: Thresholds, level: str = "image") -> str:
-    """Where a threshold comes from and what it promises, as one line."""
-    return explain(thresholds["basis"][level])
-
-
-def explain(basis: Basis) -> str:
-    """The same of one threshold."""
+def describe(basis: Basis) -> str:
+    """What a threshold was chosen by and what it promises, as one line."""
     return f"{basis['source']}: {basis['promise']}"
 
 
@@ -149,7 +144,7 @@ def select(
         return for_false_alarms(thresholds or {}, max_false_alarms)
     if costs[0] is not None:
         return for_costs(thresholds or {}, *costs)
-    return thresholds and {"value": thresholds["image"], **thresholds["basis"]["image"]}
+    return thresholds and {"value": thresholds["image"], **_basis(thresholds, "image")}
 
 
 def select_distance(thresholds: Thresholds | None, max_false_alarms: float | None) -> Basis | None:
@@ -164,7 +159,13 @@ def select_distance(thresholds: Thresholds | None, max_false_alarms: float | Non
         return None
     if max_false_alarms is not None and len(known["values"]) >= needed(max_false_alarms):
         return for_false_alarms(thresholds, max_false_alarms, "whole")
-    return {"value": thresholds["distance"], **thresholds["basis"]["distance"]}
+    return {"value": thresholds["distance"], **_basis(thresholds, "distance")}
+
+
+def _basis(thresholds: Thresholds, level: str) -> Basis:
+    """What a threshold was chosen by; an earlier version did not say it."""
+    unknown = {"source": "an earlier version's choice", "promise": "what it promises is not known"}
+    return thresholds.get("basis", {}).get(level, unknown)
 
 
 # --- a given rate of false alarms -----------------------------------------------------------------
@@ -260,7 +261,7 @@ def log_rates(rows: Sequence[dict[str, Any]]) -> None:
             recall = "-" if row["recall"] is None else percent(row["recall"])
             logging.info(
                 "at most %s false alarms: threshold %.4f, recall %s; %s",
-                percent(row["rate"]), row["value"], recall, explain(row),
+                percent(row["rate"]), row["value"], recall, describe(row),
             )  # fmt: skip
     short = [f"{percent(row['rate'])} takes {row['needed']}" for row in rows if "needed" in row]
     if short:

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from absl import logging
+
 from prn_jax import images, tables
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, shown
 from prn_jax.predict import Inspection
 from prn_jax.tables import Asked
 
-_State = tuple[int, int]
+_State = tuple[int, int, int]
 
 
 def new_images(
@@ -23,8 +25,9 @@ def new_images(
 ) -> Iterator[pathlib.Path]:
     """Yields image files that come from now on, and again those that are written anew. Never ends.
 
-    A file is complete when it is not empty and neither its size nor its time of change became
-    different from one look to the next.
+    A file is complete when it is not empty and neither its size nor its times of change became
+    different from one look to the next. While the folder is away or cannot be read, which is said,
+    nothing comes, and nothing is forgotten.
 
     Args:
       folder: searched recursively; may be absent and come later.
@@ -38,27 +41,39 @@ def new_images(
 def _arrivals(folder, done, every, sleep):
     """What is new or other than `done`, which a caller reads at its own time."""
     seen: dict[pathlib.Path, _State] = {}
+    trouble = ""
     while True:
-        now = _states(folder)
+        try:
+            now, before = _states(folder), trouble
+            trouble = "" if now or folder.is_dir() else f"{shown(folder)} is away"
+        except (OSError, UserError) as error:  # a share has its moments
+            now, before, trouble = {}, trouble, str(error)
+        if trouble != before:
+            logging.warning("%s", f"{trouble}: waiting" if trouble else "the folder is back")
         for path, state in sorted(now.items(), key=lambda x: x[1][1]):  # the oldest first
-            if state[0] and done.get(path) != state and seen.get(path) == state:
+            is_new = state[0] and done.get(path) != state and seen.get(path) == state
+            if is_new and _state(path) == state:  # the ones before it took their time
                 done[path] = state
                 yield path
-        done = {path: state for path, state in done.items() if path in now}
+        if now:  # else the folder may be away
+            done = {path: state for path, state in done.items() if path in now}
         seen = now
         sleep(every)
 
 
 def _states(folder: pathlib.Path) -> dict[pathlib.Path, _State]:
-    """Size in bytes and time of change of each image file."""
-    states = {}
-    for path in images.find_images(folder)[0]:
-        try:
-            status = os.stat(path)
-        except OSError:
-            continue  # gone since it was listed
-        states[path] = status.st_size, status.st_mtime_ns
-    return states
+    """The state of each image file that is there."""
+    states = {path: _state(path) for path in images.find_images(folder)[0]}
+    return {path: state for path, state in states.items() if state}
+
+
+def _state(path: pathlib.Path) -> _State | None:
+    """Size in bytes, and times of change of the content and of the entry; None: it is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def verdict(
@@ -73,7 +88,7 @@ def verdict(
     """
     began = time.monotonic()
     try:
-        row, _ = tables.make(path, inspect(path), "", asked)
+        row, _ = tables.make(path, None, inspect(path), "", asked)
     except UserError as error:
         row = tables.failed(path, error)
     return tables.public(row, asked) | {"seconds": round(time.monotonic() - began, 4)}

@@ -230,3 +230,12 @@ def test_what_a_palette_or_a_colour_says_is_transparent_is_not_marked(tmp_path):
     expected[1, 2] = True
     for path in tmp_path.iterdir():
         np.testing.assert_array_equal(images.read_mask(path) > 0, expected)
+
+
+def test_what_a_disk_of_its_own_holds_is_no_image(tmp_path):
+    trees.save(tmp_path / "a.png", trees.draw(0))
+    for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN"):
+        trees.save(tmp_path / name / "b.png", trees.draw(0))
+    found, skipped = images.find_images(tmp_path)
+    assert [x.name for x in found] == ["a.png"]
+    assert len(skipped) == 3

@@ -1,7 +1,10 @@
 """What a detector takes for one image, for several, and for none."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from configs import default
@@ -70,6 +73,25 @@ def test_more_than_8_bits_are_read_as_in_training(detector, tmp_path):
     expected = detector((levels >> 4).astype(np.uint8))[1]
     for given in (levels, Image.fromarray(levels), tmp_path / "a.png"):
         assert detector(given)[1] == expected
+    # Trained on 8 bits: each form has the same guess.
+    levels[0, 0] = 4095
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    guessing = dataclasses.replace(detector, white_level=0)
+    expected = detector(levels)[1]
+    for given in (levels, Image.fromarray(levels), tmp_path / "a.png"):
+        assert guessing(given)[1] == expected
+
+
+def test_levels_that_pillow_does_not_keep_are_refused(detector, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 4096, (40, 60, 3)).astype(np.uint16)
+    expected = detector((levels >> 4).astype(np.uint8))[1]
+    (tmp_path / "a.png").write_bytes(tf.io.encode_png(levels).numpy())
+    (tmp_path / "a.ppm").write_bytes(b"P6 60 40 4095\n" + levels.astype(">u2").tobytes())
+    (tmp_path / "a.pgm").write_bytes(b"P5 60 40 4095\n" + levels[..., 0].astype(">u2").tobytes())
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as image, pytest.raises(UserError, match="give its path"):
+            detector(image)
+        assert path.suffix == ".pgm" or detector(path)[1] == expected
 
 
 @pytest.mark.parametrize(

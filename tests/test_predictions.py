@@ -50,6 +50,37 @@ def test_a_second_call_does_only_what_is_new_and_reads_no_picture_of_the_first(f
     assert fourth.calls == 11
 
 
+def test_what_is_replaced_while_it_is_computed_is_done_again(folder, tmp_path):
+    class Slow(Stub):
+        def inspect(self, images, batch_size, fill=False):
+            draw(folder / "3.png", 250, size=(6, 6))
+            return super().inspect(images, batch_size, fill)
+
+    predict(folder, tmp_path / "out", Slow())
+    again = Stub()
+    assert predict(folder, tmp_path / "out", again)[3]["verdict"] == "anomalous"
+    assert again.calls == 1
+
+
+def test_a_camera_without_a_clock_repeats_no_verdict(folder, tmp_path):
+    draw(folder / "3.bmp", 10)
+    os.utime(folder / "3.bmp", ns=(0, 0))
+    predict(folder, tmp_path / "out", Stub())
+    draw(folder / "3.bmp", 250)
+    os.utime(folder / "3.bmp", ns=(0, 0))
+    again = Stub()
+    (row,) = [x for x in predict(folder, tmp_path / "out", again) if "3.bmp" in x["image"]]
+    assert (row["verdict"], again.calls) == ("anomalous", 1)
+
+
+def test_a_table_names_files_as_they_are_named_now(folder, tmp_path, monkeypatch):
+    predict(folder, tmp_path / "out", Stub())
+    monkeypatch.chdir(folder)
+    rows = predict(".", tmp_path / "out", again := Stub())
+    assert again.calls == 0
+    assert all(pathlib.Path(row["image"]).exists() for row in rows)
+
+
 def test_tables_of_an_earlier_call_are_not_called_skipped(folder, caplog):
     predict(folder, folder / "predictions", Stub())
     (folder / "notes.txt").write_text("mine")
@@ -72,11 +103,13 @@ def test_pictures_that_were_left_out_are_made_when_asked_for(folder, tmp_path):
 
 def test_what_was_done_before_an_interruption_is_in_the_table(folder, tmp_path):
     output = tmp_path / "out"
+    predict(folder, output, Stub(digest="earlier"))
     with pytest.raises(KeyboardInterrupt):
         predict(folder, output, Stub(stop_after=6), batch_size=3)
     assert [pathlib.Path(row["image"]).name for row in table(output)] == [
         f"{number}.png" for number in range(6)
     ]
+    assert not (output / "predictions.json").exists()  # it would be an earlier call's
     # As a kill leaves it: the last line is cut.
     with (output / "predictions.jsonl").open("a") as file:
         file.write('{"image": "9.p')
@@ -117,6 +150,22 @@ def test_an_output_that_cannot_be_written_is_one_line(folder, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot write to --output=.*file"):
         predict(folder, tmp_path / "file", Stub())
+    with pytest.raises(UserError, match="--output=gs://bucket/x: .* to a local folder"):
+        predictions.prepare("gs://bucket/x")
+
+
+def test_a_file_of_which_a_share_says_nothing_is_one_error(folder, tmp_path, monkeypatch):
+    stat = os.stat
+
+    def fail(path, *more, **options):
+        if os.fspath(path).endswith("3.png"):
+            raise OSError(116, "Stale file handle")
+        return stat(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", fail)
+    rows = predict(folder, tmp_path / "out", Stub())
+    assert [bool(row["error"]) for row in rows] == [number == 3 for number in range(10)]
+    assert "Stale file handle" in rows[3]["error"]
 
 
 # --- what one can work with -----------------------------------------------------------------------

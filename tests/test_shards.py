@@ -15,6 +15,8 @@ from tests.predicting import Stub, draw, predict
 
 def test_each_file_is_in_one_part_whatever_else_is_there():
     names = {pathlib.Path(f"/data/Ü {i}.png"): f"Ü {i}" for i in range(400)}
+    renamed = {path: f"{name}_2" for path, name in names.items()}  # another image has its name now
+    assert shards.select(renamed, 3, 8).keys() == shards.select(names, 3, 8).keys()
     parts = [shards.select(names, number, 8) for number in range(1, 9)]
     assert sum(map(len, parts)) == len(names)
     assert {path for part in parts for path in part} == names.keys()
@@ -30,10 +32,10 @@ def test_what_is_no_part_is_refused(text):
     assert shards.parse("2/8") == (2, 8)
 
 
-def write(part, images, checkpoint="a"):
+def write(part, images, **made_by):
     part.mkdir(parents=True, exist_ok=True)
     rows = [dict.fromkeys(tables.FIELDS, "") | {"image": x, "score": 0.5} for x in images]
-    (part / "predictions.jsonl").write_text(json.dumps({"checkpoint": checkpoint}) + "\n")
+    (part / "predictions.jsonl").write_text(json.dumps({"checkpoint": "a"} | made_by) + "\n")
     (part / "predictions.json").write_text(json.dumps(rows))
 
 
@@ -49,7 +51,9 @@ def test_the_last_part_joins_the_tables(tmp_path):
     assert joined == ["a.png", "b, c.png", "划痕.png"]
     with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
         assert [row["image"] for row in csv.DictReader(file)] == joined
-    shards.begin(shards.folder(tmp_path, 2, 2))
+    write(shards.folder(tmp_path, 2, 2), ["a.png"], threshold=0.6)
+    assert "several checkpoints or thresholds" in shards.join(tmp_path, 2)
+    (shards.folder(tmp_path, 2, 2) / "predictions.json").unlink()
     assert "not 2;" in shards.join(tmp_path, 2)
 
 
@@ -70,7 +74,6 @@ def test_parts_together_are_the_whole(tmp_path):
     names = predictions.find([str(tmp_path / "in")])
     for number in range(1, 17):  # some of them without a file
         part = predictions.prepare(shards.folder(tmp_path / "out", number, 16))
-        shards.begin(part)
         share = shards.select(names, number, 16)
         predictions.predict_files(Stub(), share, part, Asked(threshold=0.5))
         said = shards.join(tmp_path / "out", 16)

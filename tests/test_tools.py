@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn import metrics as skmetrics
 
 import prn_jax
-from prn_jax import explain, input_pipeline, predict, report, results
+from prn_jax import explain, images, input_pipeline, report, results
 from prn_jax.errors import UserError
 from tests import trees
 from tests.processes import environment, start
@@ -76,6 +76,12 @@ def test_a_copy_of_the_checkpoints_decides_as_the_run_does(trained, tmp_path, ca
     (copy / "thresholds.json").write_text(json.dumps(stored | {"step": 1}))
     assert prn_jax.load(copy).thresholds is None
     assert "thresholds left out" in caplog.text
+    (copy / "thresholds.json").write_text(json.dumps(stored | {"network": "another"}))
+    assert prn_jax.load(copy).thresholds is None
+    assert "is of another network than the checkpoint" in caplog.text
+    (copy / "thresholds.json").write_text(json.dumps(stored | {"dtype": "bfloat16"}))
+    assert prn_jax.load(copy).thresholds
+    assert "computed in float32 here, in bfloat16 where" in caplog.text
     (copy / "thresholds.json").write_text("{")
     with pytest.raises(UserError, match="is damaged: remove it and give"):
         prn_jax.load(copy)
@@ -86,7 +92,7 @@ def test_a_copy_of_the_checkpoints_decides_as_the_run_does(trained, tmp_path, ca
 def test_prediction_resizes_as_training_does():
     image = np.random.default_rng(0).integers(0, 256, (301, 200, 3)).astype(np.uint8)
     expected = tf.image.resize(image, (64, 96), antialias=True).numpy()
-    assert np.abs(predict.fit(image, (64, 96)) - expected).max() <= 1.0
+    assert np.abs(images.resize(image, (64, 96)) - expected).max() <= 1.0
 
 
 @pytest.mark.slow

@@ -117,3 +117,56 @@ def test_a_day_that_is_cleaned_away_while_it_is_listed_ends_nothing(tmp_path, mo
 
     monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
     assert watched(tmp_path, nothing, existing=True) == [("kept.png", 1)]
+
+
+def test_a_folder_that_is_away_for_a_while_is_waited_for(tmp_path, caplog):
+    folder, away = tmp_path / "camera", tmp_path / "away"
+    folder.mkdir()
+    picture(folder / "old.png")
+    found = watched(
+        folder,
+        nothing,
+        lambda: folder.rename(away),
+        lambda: folder.mkdir(),  # the mount point, with nothing on it
+        lambda: (folder.rmdir(), away.rename(folder)),
+        lambda: picture(folder / "new.png"),
+        nothing,
+        existing=True,
+    )
+    assert found == [("old.png", 1), ("new.png", 6)]
+    assert "camera is away: waiting" in caplog.text
+    assert "the folder is back" in caplog.text
+
+
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), UserError("denied")])
+def test_a_share_that_hiccups_ends_nothing(tmp_path, monkeypatch, caplog, error):
+    picture(tmp_path / "old.png")
+    find, calls = watch.images.find_images, itertools.count()
+
+    def hiccup(folder):
+        if next(calls) in (2, 3):
+            raise error
+        return find(folder)
+
+    monkeypatch.setattr(watch.images, "find_images", hiccup)
+    found = watched(tmp_path, nothing, lambda: picture(tmp_path / "new.png"), *[nothing] * 4)
+    assert found == [("new.png", 4)]
+    assert caplog.text.count("waiting") == 1
+
+
+def test_what_is_written_anew_while_others_are_judged_is_not_read_half(tmp_path):
+    for name in ("1.png", "2.png"):
+        picture(tmp_path / name)
+    whole, rest = (tmp_path / "2.png").read_bytes(), []
+
+    def sleep(_):
+        if rest:
+            other.write_bytes(rest.pop())
+
+    arrivals = watch.new_images(tmp_path, existing=True, sleep=sleep)
+    first = next(arrivals)
+    other = tmp_path / ("2.png" if first.name == "1.png" else "1.png")
+    other.write_bytes(whole[:50])
+    rest.append(whole)
+    assert next(arrivals) == other
+    assert other.read_bytes() == whole

@@ -22,7 +22,7 @@ from prn_jax import images, results
 from prn_jax.checkpoints import check_outside
 from prn_jax.errors import UserError
 from prn_jax.export import check, graph, onnx, openvino, place, savedmodel, stablehlo
-from prn_jax.predict import Detector
+from prn_jax.predict import Detector, say_type
 from prn_jax.splits import Images
 
 FORMATS: dict[str, ModuleType] = {
@@ -101,6 +101,8 @@ def export(
         raise check.unjudged(kind)
     if not files:
         raise UserError("the training had no test images to compare on: give --images=FOLDER")
+    if detector.model.dtype != np.float32:  # `load` said it of its own type
+        say_type(detector.thresholds, np.float32)
     about = _about(detector, kind, input_size, batch_size, calibration is not None)
     made_of = graph.make(
         detector, about, input_size, batch_size, opset, calibration, runtime.GROUPED_CONVS

@@ -56,8 +56,6 @@ def main(patterns: list[str]) -> None:
     )
     began = time.monotonic()
     with lock(output, "prediction", flag="--output"):
-        if SHARD.value:
-            shards.begin(output)
         rows = predictions.predict_files(
             detector, names, output, asked, normals=normals, batch_size=BATCH_SIZE.value
         )

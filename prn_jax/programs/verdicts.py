@@ -39,10 +39,10 @@ def asked(detector, **more):
     if basis is None:
         logging.warning("the checkpoint has no threshold: no verdicts; give --threshold")
     else:
-        logging.info("threshold %.4f: %s", basis["value"], thresholds.explain(basis))
+        logging.info("threshold %.4f: %s", basis["value"], thresholds.describe(basis))
     whole = thresholds.select_distance(detector.thresholds, FALSE_ALARMS.value)
     if whole is not None:
-        logging.info("unfamiliar from %.2f: %s", whole["value"], thresholds.explain(whole))
+        logging.info("unfamiliar from %.2f: %s", whole["value"], thresholds.describe(whole))
     pixel = PIXEL_THRESHOLD.value
     if pixel is None and detector.thresholds:
         pixel = detector.thresholds["pixel"]
