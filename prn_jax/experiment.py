@@ -16,6 +16,8 @@ from prn_jax.checkpoints import check_name, holds_checkpoints, newest_identity
 from prn_jax.errors import UserError, as_os_errors, shown
 from prn_jax.fields import checked
 from prn_jax.identity import Identity, lock
+from prn_jax.splits import check_num_seen
+from prn_jax.synthesis import textures
 
 
 def train_and_evaluate(
@@ -58,6 +60,7 @@ def train_and_evaluate(
     # A run that goes on from a checkpoint has the backbone's weights in it.
     if not all(holds_checkpoints(folder / name / "checkpoints") for name in waiting):
         pretrained.check(config)
+        textures.check(config)
     try:
         with as_os_errors():
             folder.mkdir(parents=True, exist_ok=True)
@@ -125,12 +128,22 @@ def _fingerprint(config: ConfigDict) -> str:
     return datasets.fingerprint(config.data.name, config.category, **where)
 
 
+def _check_num_seen(config: ConfigDict) -> None:
+    """Before anything is trained, as far as the names of the files tell."""
+    from prn_jax import datasets
+
+    counts = datasets.count_anomalous(config.data.name, config.category, config.data.manual_dir)
+    if counts is not None:
+        check_num_seen(config.num_seen, config.category, *counts)
+
+
 def _finished_metrics(config, folder, allow_config_change) -> dict[str, float | None] | None:
     config = config.copy_and_resolve_references()
     config.category = folder.name
     run = finished(config, folder, allow_config_change)
     if run is None:
         _fingerprint(config)
+        _check_num_seen(config)
         return None
     logging.info("%s: finished before, see %s", folder.name, shown(folder / "results.json"))
     return run["metrics"]

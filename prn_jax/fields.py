@@ -80,7 +80,19 @@ def checked(config: ConfigDict) -> ConfigDict:
         raise UserError(f"total_steps={config.total_steps}: give -1, 0 or more")
     if config.total_steps == 0 and not config.memory.patches:
         config.memory.patches = 4096
+    if config.total_steps < 0 and config.sampling.normal <= 0:
+        raise UserError(
+            f"sampling.normal={config.sampling.normal}: epochs are passes over normal images; give "
+            "total_steps"
+        )
     _check_memory(config.memory)
+    alone = config.memory.patches and not (config.prototypes.enabled or config.memory.window)
+    if alone and config.total_steps and len(config.memory.scales) < 3:
+        raise UserError(
+            f"memory.scales={tuple(config.memory.scales)}: without prototypes "
+            "(prototypes.enabled=False) a network takes all scales or none; give (1,2,3), or "
+            "memory.patches=0"
+        )
     if config.total_steps == 0 and config.memory.window:
         raise UserError(
             f"memory.window={config.memory.window} has no place in total_steps=0, where the map is "

@@ -188,9 +188,11 @@ class Identity:
                 "to the network. Put the images back, or give another --workdir"
             )
         if found and not allow:
+            drawn = self.fingerprint != other.fingerprint and (self.seen or self.held)
+            unless = ", unless other images are drawn as seen or held out now" if drawn else ""
             raise UserError(
                 f"{text}: undo that, give another --workdir, or pass --allow_config_change, which "
-                "goes on from the last checkpoint and evaluates anew"
+                f"goes on from the last checkpoint and evaluates anew{unless}"
             )
         return dataclasses.replace(other, changes=(*self.changes, *found))
 

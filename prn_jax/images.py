@@ -1,4 +1,4 @@
-"""Image and mask files of any kind, brought to what a record holds, and to the network's size.
+"""Image files of any kind, brought to what a record holds, and to the network's size.
 
 Which files are images, how they are decoded and how they are resized is decided here alone, for
 training, evaluation and prediction. Records keep an 8-bit RGB or grey PNG or JPEG byte for byte.
@@ -16,7 +16,6 @@ from collections.abc import Iterable
 import numpy as np
 from absl import logging
 from PIL import Image, PngImagePlugin
-from scipy import ndimage, sparse
 
 from prn_jax import deep
 from prn_jax.errors import UserError, shown, shown_first
@@ -37,8 +36,6 @@ _JUNK = frozenset(
 )
 
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
-_SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)  # of a pixel's area, see `resize_mask`
-_NEIGHBOURS = np.ones((3, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +165,13 @@ def encode_png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_picture(path: pathlib.Path) -> Picture:
-    """Reads an image file, its levels as they are.
+def read_picture(path: pathlib.Path, erase: bool = False) -> Picture:
+    """Reads an image file, its levels as they are; `erase` blackens transparent pixels.
 
     Raises:
       UserError: the file is unreadable, truncated, or its pixels are out of range.
     """
-    return _read(path, erase=False)
+    return _read(path, erase)
 
 
 def is_deep(path: pathlib.Path) -> bool:
@@ -253,27 +250,6 @@ def known_white(levels: np.ndarray, white: int, name: str, declared: int = 0) ->
 def decode(data: bytes) -> np.ndarray:
     """Decodes a record's image: uint8 `[h, w, 3]`; the same as `read_array` of its file."""
     return _rgb(_levels(data, Image.open(io.BytesIO(data)), erase=False))
-
-
-def read_mask(path: pathlib.Path) -> np.ndarray:
-    """Reads a mask file.
-
-    A pixel counts as defective where its brightest channel reaches half of the full range. Files
-    that nowhere get so bright (values 0 and 1, or class numbers) count wherever they are not 0.
-    Transparent pixels are not marked.
-
-    Returns:
-      uint8 `[h, w]` in {0, 255}.
-
-    Raises:
-      UserError: as `read_picture`.
-    """
-    levels = _read(path, erase=True).levels
-    if levels.ndim == 3:
-        levels = levels.max(axis=-1)
-    half = 128 if levels.dtype == np.uint8 else 32768
-    marked = levels >= half if levels.max(initial=0) >= half else levels > 0
-    return np.where(marked, 255, 0).astype(np.uint8)
 
 
 def white_level(highest: int) -> int:
@@ -421,46 +397,3 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     # One side after the other: versions of Pillow differ in which they would take first.
     wide = Image.fromarray(image).resize((size[1], len(image)), Image.Resampling.BILINEAR)
     return np.asarray(wide.resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Brings a mask to the network's size.
-
-    Marked is where more than half of a pixel's area is. A region (8-connected) that this would
-    erase or break is marked where more than 0.4 of the area is, or 0.3, 0.2, 0.1: the first share
-    that keeps it in one piece. docs/datasets.md has what this does to real masks.
-
-    Args:
-      mask: `[h, w]`, anything but 0 is marked.
-      size: (height, width) in pixels.
-
-    Returns:
-      uint8 `[height, width]` in {0, 1}.
-    """
-    mask = mask != 0
-    if mask.shape == tuple(size) or not mask.any():
-        return mask.astype(np.uint8) if mask.any() else np.zeros(size, np.uint8)
-    small = _area(mask, size) > _SHARES[0]
-    regions, count = ndimage.label(mask, _NEIGHBOURS)
-    for number in range(1, count + 1):
-        share = _area(regions == number, size)
-        whole = (x for x in _SHARES if ndimage.label(share > x, _NEIGHBOURS)[1] == 1)
-        small |= share > next(whole, _SHARES[-1])
-    return small.astype(np.uint8)
-
-
-def _area(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The share of each pixel's area that is marked, float32 of `size`."""
-    rows, columns = (_cover(n, m) for n, m in zip(mask.shape, size))
-    return (columns @ (rows @ mask.astype(np.float32)).T).T
-
-
-@functools.lru_cache(maxsize=64)
-def _cover(source: int, target: int) -> sparse.csr_array:
-    """How much of each of `target` pixels in a row each of `source` pixels covers."""
-    edges = np.linspace(0, source, target + 1)
-    spans = [(y, x) for y in range(target) for x in range(int(edges[y]), -int(-edges[y + 1] // 1))]
-    y, x = np.array(spans).T
-    covered = np.minimum(edges[y + 1], x + 1) - np.maximum(edges[y], x)
-    values = (covered * target / source).astype(np.float32)
-    return sparse.csr_array((values, (y, x)), shape=(target, source))

@@ -13,10 +13,10 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
 
-from prn_jax import datasets, disk
+from prn_jax import datasets, disk, trained_on
 from prn_jax.datasets.roi import from_text
-from prn_jax.errors import UserError
-from prn_jax.splits import Images, read_split, within
+from prn_jax.errors import UserError, shown_first
+from prn_jax.splits import Images, check_num_seen, read_split, within
 from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
 from prn_jax.synthesis.textures import prepare_dtd
@@ -71,17 +71,8 @@ def seen_split(
       num_seen: how many.
       seed: of the shuffle.
       usable: which of them have a mask, that all others are passed over for; default: all.
-
-    Raises:
-      UserError: there are fewer.
     """
     known = set(ids) if usable is None else {x for x, good in zip(ids, usable) if good}
-    if num_seen > len(known):
-        lacking = f" ({len(ids)}, but only so many with a mask)" if len(known) < len(ids) else ""
-        raise UserError(
-            f"num_seen={num_seen}, but there are only {len(known)} anomalous images to draw "
-            f"from{lacking}: lower num_seen (0 trains without any)"
-        )
     ids = sorted(ids)
     np.random.RandomState(seed).shuffle(ids)
     return sorted([x for x in ids if x in known][:num_seen])
@@ -122,6 +113,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         train, test = (within(split, roi, category) for split in (train, test))
     source = test if builder.seen_from == "test" else train
     anomalous = source.select(source.label == 1)
+    check_num_seen(config.num_seen, category, len(anomalous), int(anomalous.has_mask.sum()))
     seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, anomalous.has_mask))
     normal = train.select(train.label == 0)
     if not len(normal):
@@ -131,6 +123,16 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     held_out = set(holdout_split(normal.id, config.data.holdout, config.split_seed))
     held = normal.select([x in held_out for x in normal.id])
     normal = normal.select([x not in held_out for x in normal.id])
+    drawn = source.select([x in seen for x in source.id])
+    test = test.select([x not in seen for x in test.id]) if source is test else test
+    known = {trained_on.digest(image) for x in (normal, drawn) for image in x.image}
+    test = _without_copies(test, known, f"{category}: %d of %d test images")
+    held = _without_copies(held, known, f"{category}: %d of %d normal images held out")
+    if len(drawn) and not test.label.any():
+        logging.warning(
+            "%s: no anomalous images are left to test on: lower num_seen (%d) to keep some",
+            category, config.num_seen,
+        )  # fmt: skip
     foreground, is_object = cached_foreground(normal.image, builder.data_path)
     logging.info("%s: foreground: %s", category, describe(foreground, is_object))
     if roi is not None:
@@ -138,8 +140,8 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         foreground = np.where(inside.any(axis=(1, 2), keepdims=True), inside, roi)
     return CategoryData(
         train=normal,
-        seen=source.select([x in seen for x in source.id]),
-        test=test.select([x not in seen for x in test.id]) if source is test else test,
+        seen=drawn,
+        test=test,
         foreground=foreground,
         is_object=is_object,
         white_level=int(metadata.get("white_level", 0)),
@@ -147,6 +149,18 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         held=held,
         roi=roi,
     )
+
+
+def _without_copies(images: Images, known: set[str], what: str) -> Images:
+    """Leaves out what has the pixels of an image that is trained on, and says it."""
+    copies = [trained_on.digest(image) in known for image in images.image]
+    names = [id_ for id_, copy in zip(images.id, copies) if copy]
+    if names:
+        logging.warning(
+            f"{what} are copies of images that are trained on, and are left out: %s",
+            len(names), len(images), shown_first(names),
+        )  # fmt: skip
+    return images.select(~np.array(copies, bool))
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -204,10 +218,9 @@ class Plan:
         count = slot // _PERIOD * self._per_period[kind] + self._before[kind, phase]
         size = self._sizes[kind]
         epoch = tf.cast(count // size, tf.int32)
-        index = tf.random.experimental.index_shuffle(
-            count % size, seed=tf.stack([self._seed, 4 * epoch + kind]), max_index=size - 1
-        )
-        return kind, index
+        seed = tf.stack([self._seed, 4 * epoch + kind])
+        order = tf.argsort(tf.random.stateless_uniform([size], seed))
+        return kind, tf.cast(order[count % size], tf.int64)
 
 
 # --- batches --------------------------------------------------------------------------------------

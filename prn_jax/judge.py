@@ -14,6 +14,7 @@ from prn_jax import disk, evaluate, images, pictures, results, thresholds, train
 from prn_jax.datasets import layout
 from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.identity import as_dict
+from prn_jax.masks import resize_mask
 from prn_jax.predict import Detector
 from prn_jax.splits import Images, read_split, say_unmarked, within
 
@@ -51,7 +52,7 @@ def read_folder(folder: pathlib.Path, detector: Detector) -> Images:
     for number, example in enumerate(examples):
         image = images.read_array(example.image, detector.white_level)
         pixels[number] = images.resize(image, size)
-        masks[number] = images.resize_mask(layout.read_mask(example, image.shape[:2]), size)
+        masks[number] = resize_mask(layout.read_mask(example, image.shape[:2]), size)
     found = Images(pixels, masks, [x.defect for x in examples], [x.id for x in examples])
     unmarked = [x for x, known in zip(found.id, found.has_mask) if not known]
     what = "%d anomalous images have no mask, or one of which nothing is left at this size"

@@ -15,6 +15,7 @@ from PIL import Image
 
 from prn_jax import disk, images
 from prn_jax.errors import UserError, shown, shown_first
+from prn_jax.masks import resize_mask
 from prn_jax.metrics import judgeable
 
 if TYPE_CHECKING:
@@ -83,6 +84,27 @@ def say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
         )  # fmt: skip
 
 
+def check_num_seen(num_seen: int, category: str, there: int, usable: int) -> None:
+    """Refuses to draw more seen anomalies than there are.
+
+    Args:
+      num_seen: how many are to be drawn.
+      category: of which.
+      there: anomalous images.
+      usable: of them that have a mask.
+
+    Raises:
+      UserError: there are fewer.
+    """
+    if num_seen > usable:
+        lacking = f" ({there}, but only so many with a mask)" if usable < there else ""
+        raise UserError(
+            f"{category}: num_seen={num_seen}, but there are only {usable} anomalous images to "
+            f"draw from{lacking}: lower num_seen (0 trains without any); "
+            f"--config.category={category} trains this one by itself"
+        )
+
+
 def read_split(builder: "AnomalyBuilder", split: str, size: tuple[int, int]) -> Images:
     """Decodes and resizes a split as prediction does, by `images`, several images at a time."""
     count = builder.info.splits[split].num_examples if split in builder.info.splits else 0
@@ -93,7 +115,7 @@ def read_split(builder: "AnomalyBuilder", split: str, size: tuple[int, int]) -> 
         image[number] = images.resize(images.decode(record["image"]), size)
         large = np.asarray(Image.open(io.BytesIO(record["mask"])))
         if large.any():  # what nothing is written to takes no memory
-            mask[number] = images.resize_mask(large, size)
+            mask[number] = resize_mask(large, size)
             if not mask[number].any():
                 vanished.append((record["id"].decode(), large))
         if not record["has_mask"]:
@@ -144,7 +166,7 @@ def _say_vanished(
         return
     factor = 2
     while not all(
-        images.resize_mask(mask, (size[0] * factor, size[1] * factor)).any() for _, mask in vanished
+        resize_mask(mask, (size[0] * factor, size[1] * factor)).any() for _, mask in vanished
     ):
         factor += 1
     height, width = (x * factor for x in size)

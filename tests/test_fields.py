@@ -23,6 +23,11 @@ from prn_jax.fields import checked
         ({"split_seed": -1}, "split_seed=-1: give 0 to"),
         ({"total_steps": -2}, "total_steps=-2: give -1, 0 or more"),
         ({"total_steps": 0, "memory.window": 3}, "memory.window=3 has no place in total_steps=0"),
+        ({"sampling.normal": 0.0}, "sampling.normal=0.0: epochs are passes over normal images"),
+        (
+            {"prototypes.enabled": False, "memory.patches": 8, "memory.scales": (2, 3)},
+            r"memory.scales=\(2, 3\): without prototypes",
+        ),
         ({"attention.scales": (4,)}, r"attention.scales=\(4,\): give some of 1, 2, 3"),
         ({"attention.divisions": ()}, "attention.divisions=.*: give whole numbers"),
         ({"decoder.stride": 3}, "decoder.stride=3: give 1, 2 or 4"),

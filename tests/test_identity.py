@@ -229,7 +229,7 @@ def test_weights_that_cannot_be_had_are_missed_before_any_data_is_read(tmp_path)
     config = folder_config.get_config()
     config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
     config.backbone.weights = str(tmp_path / "missing.npz")
-    config.batch_size = 8
+    config.batch_size, config.num_seen = 8, 5
     with pytest.raises(UserError, match=r"missing\.npz"):
         experiment.train_and_evaluate(config, str(tmp_path / "work"))
     assert not (tmp_path / "records").exists()

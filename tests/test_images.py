@@ -9,6 +9,7 @@ from PIL import Image
 
 from prn_jax import images
 from prn_jax.errors import UserError
+from prn_jax.masks import read_mask_file
 from tests import trees
 
 
@@ -95,7 +96,7 @@ def test_truncated_files_are_named(tmp_path, name, cut):
 def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(UserError, match="a.png: not a readable image"):
-        images.read_mask(tmp_path / "a.png")
+        read_mask_file(tmp_path / "a.png")
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(UserError, match="f.tif: floating-point pixels"):
         images.read_image(tmp_path / "f.tif")
@@ -118,7 +119,7 @@ def test_what_is_no_image_is_named(tmp_path):
 @pytest.mark.parametrize("ext", ["png", "tif"])
 def test_masks_of_any_kind_mark_the_second_pixel(tmp_path, array, ext):
     trees.save(tmp_path / f"m.{ext}", array)
-    mask = images.read_mask(tmp_path / f"m.{ext}")
+    mask = read_mask_file(tmp_path / f"m.{ext}")
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, [[0, 255]])
 
@@ -229,7 +230,7 @@ def test_what_a_palette_or_a_colour_says_is_transparent_is_not_marked(tmp_path):
     expected = np.zeros((3, 4), bool)
     expected[1, 2] = True
     for path in tmp_path.iterdir():
-        np.testing.assert_array_equal(images.read_mask(path) > 0, expected)
+        np.testing.assert_array_equal(read_mask_file(path) > 0, expected)
 
 
 def test_what_a_disk_of_its_own_holds_is_no_image(tmp_path):

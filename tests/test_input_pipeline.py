@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from prn_jax import input_pipeline
+from prn_jax import input_pipeline, splits
 from prn_jax.errors import UserError
 from prn_jax.input_pipeline import CategoryData, Images
 
@@ -187,6 +187,23 @@ def test_each_pass_shows_each_image_once():
         assert len({tuple(x) for x in passes}) > 1
 
 
+def test_passes_are_shuffled_anew_whatever_the_seed():
+    import tensorflow as tf
+
+    count, passes = 20, 70
+    orders = []
+    for seed in (0, 256):
+        plan = input_pipeline.Plan(make_config(seed=seed), num_normal=count, num_seen=3)
+        slots = tf.range(2 * count * passes, dtype=tf.int64)  # half of them are normal
+        kinds, drawn = tf.map_fn(plan, slots, fn_output_signature=(tf.int32, tf.int64))
+        orders.append(drawn.numpy()[kinds.numpy() == 0].reshape(passes, count))
+    orders = np.concatenate(orders)
+    assert len({x.tobytes() for x in orders}) == len(orders)
+    still = (orders == np.arange(count)).sum(axis=1)  # one, on average, of a random order
+    assert still.max() < 8
+    assert 0.7 < still.mean() < 1.3
+
+
 def test_wrong_shares_are_refused_by_name():
     with pytest.raises(UserError, match="sampling.*sum to 1"):
         input_pipeline.plan_kinds(make_config(**{"sampling.normal": 0.9}), 3)
@@ -203,7 +220,7 @@ def test_the_seen_split_is_cpr_s_rule():
     np.random.RandomState(42).shuffle(expected)
     assert input_pipeline.seen_split(ids[::-1], 10, 42) == sorted(expected[:10])
     with pytest.raises(UserError, match="num_seen=19.*only 18"):
-        input_pipeline.seen_split(ids, 19, 42)
+        splits.check_num_seen(19, "cup", 18, 18)
 
 
 def test_the_first_batches_meet_their_shares(reference):

@@ -86,7 +86,7 @@ BAD = {
     "an indivisible batch": ({"batch_size": 7}, None, r"batch_size=7 cannot be divided among \d"),
     "a misspelt field": ({"batchsize": 8}, None, r"batchsize.*batch_size"),
     "a wrong size": ({"image_size": 100}, None, r"image_size=.?100.*give .*multiple of 32"),
-    "a folder without textures": ({"synthesis.textures": "/nowhere"}, None, r"no images"),
+    "a folder without textures": ({"synthesis.textures": "/nowhere"}, None, r"no such folder"),
     "too many seen anomalies": ({"num_seen": 99}, None, r"num_seen=99, but there are only 12"),
 }
 

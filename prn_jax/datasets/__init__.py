@@ -16,21 +16,13 @@ from prn_jax.datasets.dagm2007 import Dagm2007
 from prn_jax.datasets.demo import Demo
 from prn_jax.datasets.folder import Folder
 from prn_jax.datasets.kolektor_sdd2 import KolektorSdd2
+from prn_jax.datasets.layout import GOOD
 from prn_jax.datasets.mvtec_ad import MvtecAd
 from prn_jax.errors import UserError, shown
 
 BUILDERS: dict[str, type[AnomalyBuilder]] = {
     builder.name: builder for builder in (MvtecAd, Dagm2007, Btad, KolektorSdd2, Folder, Demo)
 }
-
-
-def categories(name: str, manual_dir: str | os.PathLike) -> list[str]:
-    """Returns all categories of a data set; of `folder`, those found in `manual_dir`.
-
-    Raises:
-      UserError: there is no such data set, or `folder` finds no product.
-    """
-    return _builder(name).categories(manual_dir)
 
 
 def available(
@@ -101,6 +93,22 @@ def fingerprint(
     """
     builder = _known(name, category, manual_dir, data_dir)
     return builder.find(category, manual_dir, data_dir)[2]
+
+
+def count_anomalous(
+    name: str, category: str, manual_dir: str | os.PathLike
+) -> tuple[int, int] | None:
+    """Counts the raw anomalous images to draw seen ones from, and those of them with a mask.
+
+    Returns:
+      None where only the masks' pixels tell, or there are no raw files.
+    """
+    builder = _builder(name)
+    examples = builder.scan(category, manual_dir)
+    drawn = [x for x in examples if x.split == builder.seen_from and x.defect != GOOD]
+    if not examples or any(x.defect is None for x in drawn):
+        return None
+    return len(drawn), sum(x.mask is not None for x in drawn)
 
 
 def _known(

@@ -35,8 +35,6 @@ from prn_jax.identity import lock
 
 # A mask that marks more of its image is taken for inverted (MVTec's largest, transistor: 0.494).
 _INVERTED = 0.5
-
-
 # Raised when an image or a mask comes out otherwise than before: TFRecords are then made anew where
 # the raw files are there.
 _READING = 2
@@ -87,12 +85,6 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @classmethod
     def _category_folder(cls, root: pathlib.Path, category: str) -> pathlib.Path:
         return root / category
-
-    @classmethod
-    def categories(cls, manual_dir: str | os.PathLike) -> list[str]:
-        """Returns the names of the data set's categories, on disk or not."""
-        del manual_dir  # Only a data set without a fixed list looks.
-        return list(cls.counts)
 
     @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
@@ -193,6 +185,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise UserError(f"{shown(closed)} (data.manual_dir) may not be read: Permission denied")
         if source is not None:
             return builder, source, cls._source_fingerprint(source)
+        cls.look_for_slips(manual_dir, category)
         if builder.fingerprint is None and records.are_aside(builder.data_path):
             with lock(builder.data_path.parent, "preparation", flag="data.data_dir", wait=True):
                 records.bring_back(builder.data_path)
@@ -272,6 +265,12 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @classmethod
     def _source_fingerprint(cls, folder: pathlib.Path) -> str:
         return raw.fingerprint(folder, cls._scan_sorted(folder)[0])
+
+    @classmethod
+    def scan(cls, category: str, manual_dir: str | os.PathLike) -> list[Example]:
+        """Returns a category's examples by the names of its raw files; none where they are gone."""
+        source = cls.sources(manual_dir).get(category)
+        return [] if source is None else cls._scan(source, [])
 
     @classmethod
     def _scan_sorted(cls, folder: pathlib.Path) -> tuple[list[Example], list[pathlib.Path]]:
@@ -434,9 +433,7 @@ def _say_skipped(title: str, stray: list[pathlib.Path]) -> None:
         logging.warning("%s: skipped %s", title, images.describe(stray))
 
 
-@functools.cache
-def _say_once(text: str) -> None:
-    logging.info("%s", text)
+_say_once = functools.cache(logging.info)
 
 
 def _is_news(record: std_logging.LogRecord) -> bool:

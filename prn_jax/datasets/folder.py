@@ -37,14 +37,6 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         return {path.name: path for path in layout.out_of_place(root, ()) if _is_product(path)}
 
     @classmethod
-    def categories(cls, manual_dir: str | os.PathLike) -> list[str]:
-        """Returns the products found; raises `UserError` where there are none."""
-        found = list(cls.sources(manual_dir))
-        if not found:
-            raise cls._missing(manual_dir, "")
-        return found
-
-    @classmethod
     def _records_name(
         cls, category: str, manual_dir: str | os.PathLike, data_dir: str | os.PathLike
     ) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from prn_jax import images
 from prn_jax.errors import UserError, shown
+from prn_jax.masks import read_mask_file
 
 GOOD = "good"
 # What folders of normal images are called elsewhere, letters only.
@@ -19,7 +20,10 @@ _NORMAL_NAMES = (
     *("nondefective", "defectfree", "nodefect", "nodefects", "faultfree", "clean", "negative"),
 )
 # What is put behind an image's name to name its mask.
-_MASK_WORD = re.compile(r"[-_. ]?(mask|gt|label|groundtruth|ground_truth|seg|annotation)$", re.I)
+_WORD = "(mask|gt|label|groundtruth|ground_truth|seg|annotation)"
+_MASK_WORD = re.compile(rf"^{_WORD}[-_. ]|[-_. ]?{_WORD}$", re.I)
+# What folders of masks beside folders of images are called.
+_MASK_FOLDER = re.compile("(masks?|gt|groundtruth|ground_truth|segs?|annotations?)$", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +201,7 @@ def read_mask(example: Example, size: tuple[int, int]) -> np.ndarray:
     """
     if example.mask is None:
         return np.zeros(size, np.uint8)
-    mask = images.read_mask(example.mask)
+    mask = read_mask_file(example.mask)
     if mask.shape != size:
         raise UserError(
             f"{shown(example.image)} is {size[1]}x{size[0]} pixels but its mask "
@@ -228,16 +232,29 @@ def _check_names(
     if name == normal or not found:
         return
     path = folder / "test" / name
-    if not masks and is_normal(name):
+    if is_normal(name) and not any(read_mask_file(x).any() for x in masks.values()):
         raise UserError(
-            f"{shown(path)}: is this the folder of normal images? Its images have no masks, and "
-            f"defects are not called so; rename it {shown(folder / 'test' / normal)}"
+            f"{shown(path)}: is this the folder of normal images? Nothing is marked in its images, "
+            f"and defects are not called so; rename it {shown(folder / 'test' / normal)}"
         )
     for stem, image in found.items():
-        plain = _MASK_WORD.sub("", stem)
-        if plain != stem and plain in found:
+        if (plain := _image_of(stem, found)) is not None:
             mask = folder / "ground_truth" / name / f"{plain}{suffixes[0]}{image.suffix}"
             raise UserError(
                 f"{shown(image)}: is this the mask of {shown(found[plain])}? "
                 f"Masks are looked for in ground_truth; move it to {shown(mask)}"
             )
+
+
+def _image_of(stem: str, found: dict[str, pathlib.Path]) -> str | None:
+    """The image whose mask, by its name, is among the images; None where it is no mask."""
+    above, _, last = stem.rpartition("/")
+    plain = _MASK_WORD.sub("", last)
+    beside = above.rpartition("/")[0]
+    inside = _MASK_FOLDER.match(above.rpartition("/")[2])
+    likely = [f"{above}/{plain}" if above else plain] if plain != last else []
+    if inside:
+        likely += [f"{beside}/{plain}" if beside else plain]
+        likely += [x for x in found if x.count("/") == stem.count("/") and x != stem
+                   and x.endswith(f"/{plain}") and x.startswith(beside)]  # fmt: skip
+    return next((x for x in likely if x in found and x != stem), None)

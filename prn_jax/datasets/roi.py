@@ -9,6 +9,7 @@ from PIL import Image
 
 from prn_jax import images
 from prn_jax.errors import UserError, shown
+from prn_jax.masks import read_mask_file, resize_mask
 
 NAME = "roi.png"  # or another type of image, however it is written
 
@@ -41,7 +42,7 @@ def read(folder: pathlib.Path) -> np.ndarray | None:
     path = _find(folder)
     if path is None:
         return None
-    mask = images.read_mask(path)
+    mask = read_mask_file(path)
     if not mask.any():
         raise UserError(f"{shown(path)} is black: paint white what counts, or remove it")
     return mask
@@ -60,4 +61,4 @@ def to_text(mask: np.ndarray) -> str:
 def from_text(text: str, size: tuple[int, int]) -> np.ndarray:
     """What `to_text` made, uint8 of another (height, width), in {0, 1}."""
     mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
-    return images.resize_mask(mask, size)
+    return resize_mask(mask, size)

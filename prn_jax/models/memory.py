@@ -152,7 +152,8 @@ def choose_patches(maps: np.ndarray, count: int, seed: int) -> np.ndarray:
 
     Args:
       maps: one scale's features, float32 [n, h, w, c].
-      count: patches to choose. Where there are fewer, some are stored more than once.
+      count: patches to choose; at most half of those there are, for an image that is stored whole
+        says nothing of how far a normal one is from others. Some are then stored more than once.
       seed: of the candidates and of the projection.
 
     Returns:
@@ -174,7 +175,8 @@ def choose_patches(maps: np.ndarray, count: int, seed: int) -> np.ndarray:
     if channels > _DIRECTIONS:
         directions = rng.normal(size=(channels, _DIRECTIONS)) / math.sqrt(_DIRECTIONS)
         projected = points @ directions.astype(np.float32)
-    return points[np.asarray(greedy_coreset(projected, count))]
+    different = min(count, -(-len(points) // 2))
+    return points[np.resize(np.asarray(greedy_coreset(projected, different)), count)]
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -185,7 +187,7 @@ def greedy_coreset(points: Float[Array | np.ndarray, "n d"], count: int) -> Int[
     memory than they do.
 
     Returns:
-      Indices of the points; once all are chosen they repeat.
+      Indices of the points.
     """
     # Distances of centred points lose less to cancellation.
     points = points - jnp.mean(points, axis=0)

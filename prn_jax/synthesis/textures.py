@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 from PIL import Image
 from scipy import ndimage
 
@@ -68,14 +69,32 @@ def load_textures(
     return np.stack([both[i] for i in kept])
 
 
-def _from_folder(folder: pathlib.Path, size: tuple[int, int], limit: int) -> np.ndarray:
+def check(config: ConfigDict) -> None:
+    """Looks, before anything is computed, whether there are textures.
+
+    Raises:
+      UserError: `synthesis.textures` names no folder, or one without images.
+    """
+    if config.synthesis.textures not in ("", "dtd") and config.total_steps:
+        _find(pathlib.Path(os.path.expanduser(config.synthesis.textures)))
+
+
+def _find(folder: pathlib.Path) -> tuple[list[pathlib.Path], str]:
+    """The images of a folder, and what was skipped, in words."""
+    if not folder.is_dir():
+        raise UserError(f"synthesis.textures={shown(folder)}: no such folder")
     paths, skipped = images.find_images(folder)
     why = f"skipped {images.describe(skipped)}" if skipped else ""
     if not paths:
         raise UserError(
             f"synthesis.textures={shown(folder)}: there are no images in it{why and '; '}{why}"
         )
-    if skipped:
+    return paths, why
+
+
+def _from_folder(folder: pathlib.Path, size: tuple[int, int], limit: int) -> np.ndarray:
+    paths, why = _find(folder)
+    if why:
         logging.warning("synthesis.textures: %s", why)
     chosen = (paths[i] for i in spread(len(paths), limit))
     return np.stack([images.resize(images.read_array(path), size) for path in chosen])

@@ -155,7 +155,7 @@ def test_folder(tmp_path, prepare, log, inside):
     written["test/dent/more/000"] = more, trees.save(mask, trees.draw_mask(0))
     trees.save(tmp_path / "raw/widget/train/loose.png", trees.draw(0))
     manual_dir = tmp_path / "raw" / ("widget" if inside else "")
-    assert datasets.categories("folder", manual_dir) == ["widget"]
+    assert datasets.all_categories("folder", manual_dir, tmp_path / "r") == ["widget"]
     builder = prepare("folder", "widget", manual_dir)
     _check(builder, written, {id_: id_.split("/")[1] for id_ in written})
     (warning,) = log(logging.WARNING)
@@ -189,10 +189,10 @@ def test_folder_takes_jpeg_and_grey(tmp_path, prepare):
 
 def test_folder_that_holds_nothing(tmp_path):
     with pytest.raises(UserError, match=r"no folder .*none; set data.manual_dir"):
-        datasets.categories("folder", tmp_path / "none")
+        datasets.all_categories("folder", tmp_path / "none", tmp_path / "r")
     (tmp_path / "pictures").mkdir()
     with pytest.raises(UserError, match="train/good"):
-        datasets.categories("folder", tmp_path)
+        datasets.all_categories("folder", tmp_path, tmp_path / "r")
     (tmp_path / "train/good").mkdir(parents=True)
     with pytest.raises(UserError, match="no training images"):
         datasets.prepare("folder", tmp_path.name, manual_dir=tmp_path, data_dir=tmp_path / "r")
@@ -201,7 +201,7 @@ def test_folder_that_holds_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["mvtec_ad", "btad", "dagm2007", "kolektor_sdd2"])
 def test_a_missing_folder_names_page_licence_and_field(tmp_path, name):
     builder = datasets.BUILDERS[name]
-    category = datasets.categories(name, tmp_path)[-1]
+    category = list(builder.counts)[-1]
     with pytest.raises(UserError) as error:
         datasets.prepare(name, category, manual_dir=tmp_path / "x", data_dir=tmp_path / "r")
     for word in (name, builder.title, builder.page, builder.licence, "data.manual_dir"):
@@ -214,7 +214,7 @@ def test_a_missing_folder_names_page_licence_and_field(tmp_path, name):
 
 def test_unknown_names_get_the_nearest():
     with pytest.raises(UserError, match="did you mean 'mvtec_ad'"):
-        datasets.categories("mvtec", "")
+        datasets.available("mvtec", "")
     with pytest.raises(UserError, match="did you mean 'bottle'"):
         datasets.prepare("mvtec_ad", "botle", manual_dir="", data_dir="")
     with pytest.raises(UserError, match="there are gravel, brick, grass"):
@@ -315,6 +315,14 @@ def test_records_follow_the_raw_files(tmp_path, prepare, log):
     assert prepare("folder", "bottle").info.splits["train"].num_examples == 3
     with pytest.raises(UserError, match="did you mean 'bottle'"):
         prepare("folder", "bottles")
+
+
+def test_a_renamed_folder_is_asked_about_and_not_passed_over(tmp_path, prepare):
+    trees.make_mvtec(tmp_path / "raw")
+    prepare("folder", "bottle")
+    (tmp_path / "raw/bottle/train/good").rename(tmp_path / "raw/bottle/train/OK")
+    with pytest.raises(UserError, match="train/OK: is this the folder of normal images"):
+        prepare("folder", "bottle")
 
 
 def test_an_unwritable_data_dir_is_named(tmp_path):

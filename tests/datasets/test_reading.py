@@ -1,18 +1,21 @@
 import logging
 import os
 import re
+import shutil
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import logging as absl_logging
 from PIL import Image
 from scipy import ndimage
 
 from configs import default
 from prn_jax import datasets, images, input_pipeline
 from prn_jax.errors import UserError
+from prn_jax.masks import resize_mask
 from tests import trees
 
 
@@ -130,12 +133,6 @@ def test_a_folder_of_normal_images_is_asked_about(cup, load, name):
         load()
 
 
-def test_masks_among_the_images_are_asked_about(cup, load):
-    (cup / "ground_truth/dent/000_mask.png").rename(cup / "test/dent/000_mask.png")
-    with pytest.raises(UserError, match=r"000_mask.png: is this the mask of .*ground_truth"):
-        load()
-
-
 @pytest.mark.parametrize("black", [False, True])
 def test_defects_without_masks(cup, load, warnings, black):
     for path in sorted((cup / "ground_truth/dent").iterdir())[1:]:
@@ -162,7 +159,7 @@ def test_thin_defects_keep_their_course_and_lost_ones_are_named(cup, load, warni
     scratch = np.zeros((1024, 1024), np.uint8)
     scratch[np.arange(100, 900), np.arange(100, 900) // 2] = 1  # a line, a pixel wide
     scratch |= np.roll(scratch, 1, axis=1) | np.roll(scratch, 2, axis=1)
-    small = images.resize_mask(scratch, (128, 128))
+    small = resize_mask(scratch, (128, 128))
     assert ndimage.label(small, np.ones((3, 3)))[1] == 1
     assert small.sum() >= 98  # of the 100 rows that it crosses
     dot = np.zeros((1024, 1024), np.uint8)
@@ -175,7 +172,7 @@ def test_thin_defects_keep_their_course_and_lost_ones_are_named(cup, load, warni
     (line,) = (x for x in warnings() if "nothing is left of 1 masks" in x)
     assert "test/dent/000" in line
     size = tuple(map(int, re.findall(r"which image_size=\((\d+),(\d+)\) keeps", line)[0]))
-    assert images.resize_mask(dot, size).any()
+    assert resize_mask(dot, size).any()
     with pytest.raises(UserError, match="num_seen=4, but there are only 3"):
         load(num_seen=4)
 
@@ -272,3 +269,73 @@ def test_a_misnamed_folder_in_one_of_several_products_is_asked_about(tmp_path, n
         datasets.fingerprint("folder", "nut", **place)
     # The other one is nothing to it where it is named.
     assert datasets.fingerprint("folder", "bolt", **place)
+
+
+# --- slips ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("000", "000_mask"), ("000", "mask_000"), ("000", "GT-000"), ("000", "masks/000"),
+        ("rgb/000", "gt/000"), ("a/000", "a/label_000"),
+    ],
+)  # fmt: skip
+def test_masks_among_the_images_are_asked_about(cup, load, image, mask):
+    shutil.rmtree(cup / "test/dent")
+    shutil.rmtree(cup / "ground_truth")
+    trees.save(cup / f"test/dent/{image}.png", trees.draw(0))
+    trees.save(cup / f"test/dent/{mask}.png", trees.draw_mask(0))
+    with pytest.raises(UserError, match=rf"{mask}.png: is this the mask of .*{image}.png"):
+        load()
+
+
+def test_names_that_only_sound_like_masks_are_names(cup, load):
+    for seed, name in enumerate(("label", "mask7", "masked_000", "shots/000", "gtx/000")):
+        trees.save(cup / f"test/dent/{name}.png", trees.draw(90 + seed))
+    assert len(load().test) == 2 + 4 + 5
+
+
+def test_good_images_with_black_masks_are_no_defect(cup, load):
+    (cup / "test/good").rename(cup / "test/OK")
+    for path in (cup / "test/OK").iterdir():
+        trees.save(cup / "ground_truth/OK" / path.name, np.zeros(trees.SIZE, np.uint8))
+    with pytest.raises(UserError, match="test/OK: is this the folder of normal images"):
+        load()
+    trees.save(cup / "ground_truth/OK/000.png", trees.draw_mask(0))  # a defect of that name
+    assert "OK" in load().test.defect
+
+
+def test_defects_of_several_levels_are_said_to_be_lost(cup, load, warnings):
+    absl_logging._log_counter_per_token.clear()  # of what is said once in a process
+    mask = np.zeros(trees.SIZE, np.uint8)
+    mask[1:5, 1:5], mask[7:11, 9:13] = 100, 255
+    trees.save(cup / "ground_truth/dent/000_mask.png", mask)
+    load()
+    assert [x for x in warnings() if "000_mask.png: areas of levels below half" in x]
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def test_copies_of_what_is_trained_on_are_not_tested_on(cup, load, warnings):
+    for number in range(4):  # each defect in a second folder too
+        name = f"{number:03d}"
+        for part, suffix in (("test", ""), ("ground_truth", "_mask")):
+            (cup / part / "combined").mkdir(exist_ok=True)
+            source = cup / part / "dent" / f"{name}{suffix}.png"
+            shutil.copy(source, cup / part / "combined" / source.name)
+    shutil.copy(cup / "train/good/000.png", cup / "test/good/copy.png")
+    data = load(num_seen=3)
+    trained = {x.tobytes() for part in (data.train, data.seen) for x in part.image}
+    assert not trained & {x.tobytes() for x in data.test.image}
+    assert "test/good/copy" not in data.test.id
+    (said,) = [x for x in warnings() if "are copies" in x]
+    assert "test/good/copy" in said
+
+
+def test_a_draw_that_leaves_nothing_to_test_on_is_said(load, cup, warnings):
+    load(num_seen=3)
+    assert not [x for x in warnings() if "left to test on" in x]
+    load(num_seen=4)
+    assert [x for x in warnings() if "left to test on" in x]

@@ -39,7 +39,8 @@ def test_chosen_patches_are_averages_of_3x3_places():
     means = sum(padded[:, i : i + 4, j : j + 5] for i in range(3) for j in range(3)) / 9
     distance = np.abs(found[:, None] - means.reshape(1, -1, 3)).max(-1)
     assert distance.min(axis=1).max() < 1e-5
-    assert distance.min(axis=0).max() < 1e-5  # as many as there are: each is chosen
+    # As many as there are, but half of them: else no normal image would be at a distance.
+    assert (distance.min(axis=0) < 1e-5).sum() == 20
 
 
 def test_the_nearest_patch_is_the_one_of_the_direct_computation(monkeypatch):
