@@ -20,6 +20,8 @@ from prn_jax import mesh as meshes
 from prn_jax import train as training
 from prn_jax.checkpoints import Checkpoints, digest
 from prn_jax.identity import Identity, as_dict
+from prn_jax.models.prn import compute_dtype
+from prn_jax.synthesis import textures
 from prn_jax.tiles import Tiling
 
 if TYPE_CHECKING:
@@ -120,6 +122,12 @@ def _train(
         data.white_level,
         as_dict(config),
         held=tuple(data.held.id),
+        textures=textures.fingerprint(config),
+        dtype=np.dtype(compute_dtype(config)).name,
+    )
+    meshes.require_same(
+        "textures and types (synthesis.textures, scikit-image, dtype)",
+        [identity.textures, identity.dtype],
     )
 
     def remember(resumed):

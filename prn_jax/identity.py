@@ -69,6 +69,8 @@ class Identity:
       config: the whole configuration, plain JSON types.
       changes: what became different on the way, let pass by --allow_config_change.
       held: ids of the normal images that are not trained on, sorted.
+      textures: see `textures.fingerprint`; "" where it is not known.
+      dtype: name of the type that is computed in; "" where it is not known.
     """
 
     dataset: str
@@ -80,6 +82,8 @@ class Identity:
     config: dict[str, Any]
     changes: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    textures: str = ""
+    dtype: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -108,12 +112,14 @@ class Identity:
     def today(self, config: ConfigDict, fingerprint: str) -> "Identity":
         """This run with another configuration and data, as far as is known before loading it."""
         old = self.config
+        # What the devices would compute in they are not asked: another process may train on them.
+        dtype = self.dtype if config.dtype == "auto" else config.dtype
         # Where `epochs` says how many, the number of images does too: as many as before, unless
         # something else is known to have changed.
         kept = config.epochs == old.get("epochs") and old.get("total_steps", -1) < 0
         steps = config.total_steps if config.total_steps >= 0 else self.steps if kept else -1
         return dataclasses.replace(
-            self, config=as_dict(config), fingerprint=fingerprint, steps=steps
+            self, config=as_dict(config), fingerprint=fingerprint, steps=steps, dtype=dtype
         )
 
     @property
@@ -131,6 +137,11 @@ class Identity:
                 found.append(f"no longer a seen anomaly: {shown_first(sorted(gone), 3)}")
             if new := set(other.seen) - set(self.seen):
                 found.append(f"newly a seen anomaly: {shown_first(sorted(new), 3)}")
+        if self.textures and other.textures and self.textures != other.textures:
+            found.append("the textures (synthesis.textures) changed")
+        types_known = bool(self.dtype and other.dtype)
+        if types_known and self.dtype != other.dtype:
+            found.append(f"it was computed in {self.dtype}, is in {other.dtype} (dtype says which)")
         old, new = (_BEFORE | _flatten(x.config) for x in (self, other))
         changed = {
             name: f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
@@ -140,7 +151,8 @@ class Identity:
         if self.steps >= 0 and self.steps != other.steps:
             length = [changed[name] for name in ("epochs", "total_steps") if name in changed]
             found += length or [f"its steps were {self.steps}, are {other.steps}"]
-        return found + [text for name, text in changed.items() if not _is_free(name)]
+        compared = changed.keys() - ({"dtype"} if types_known else set())
+        return found + [changed[x] for x in changed if x in compared and not _is_free(x)]
 
     def check(
         self, other: "Identity", where: str, step: int = 0, allow: bool = False

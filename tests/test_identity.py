@@ -30,7 +30,7 @@ from tests.trees import draw, draw_mask, make_mvtec, save
 def make(using=None, **changes):
     using = using or default.get_config()
     known = Identity("folder", "bolt", "f00d", ("test/a/1", "test/a/2"), 12, 0,
-                     identity.as_dict(using))  # fmt: skip
+                     identity.as_dict(using), textures="f00d", dtype="float32")  # fmt: skip
     return dataclasses.replace(known, **changes)
 
 
@@ -46,6 +46,8 @@ DIFFERENCES = {
     "one seen no more": ({"seen": ("test/a/1",)}, "no longer a seen anomaly: test/a/2"),
     "longer": ({"steps": 20}, "its steps were 12, are 20"),
     "score_pixels": ({"config": changed(score_pixels=50)}, "score_pixels was 100, is 50"),
+    "textures": ({"textures": "beef"}, r"the textures \(synthesis.textures\) changed"),
+    "a type": ({"dtype": "bfloat16"}, "it was computed in float32, is in bfloat16"),
     "a seed": ({"config": changed(seed=3)}, "seed was 0, is 3"),
 }
 

@@ -1,5 +1,6 @@
 """Textures, the content of simulated anomalies: DTD, a folder of images, or bundled ones."""
 
+import hashlib
 import os
 import pathlib
 from typing import Any
@@ -79,6 +80,18 @@ def check(config: ConfigDict) -> None:
         _find(pathlib.Path(os.path.expanduser(config.synthesis.textures)))
 
 
+def fingerprint(config: ConfigDict) -> str:
+    """Tells the textures that are there from others, by names and sizes; "" where none train."""
+    source = config.synthesis.textures
+    if not config.total_steps or source == "dtd":
+        return ""
+    folder = pathlib.Path(os.path.expanduser(source))
+    paths = _find(folder)[0] if source else _photographs()
+    names = [path.relative_to(folder).as_posix() if source else path.name for path in paths]
+    sizes = [path.stat().st_size for path in paths]
+    return hashlib.sha256(repr(list(zip(names, sizes))).encode("utf-8", "replace")).hexdigest()
+
+
 def _find(folder: pathlib.Path) -> tuple[list[pathlib.Path], str]:
     """The images of a folder, and what was skipped, in words."""
     if not folder.is_dir():
@@ -140,18 +153,9 @@ def _fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 def _bundled(size: tuple[int, int], exclude: str) -> list[np.ndarray]:
     """Crops of scikit-image's photographs; none where scikit-image is not installed."""
-    try:
-        import skimage
-    except ImportError:
-        return []
-    # By path: its loader would fetch from the network what the package does not contain.
-    folder = pathlib.Path(skimage.__file__).parent / "data"
     rng = np.random.default_rng(0)
     textures = []
-    for name in _PHOTOGRAPHS:
-        path = next((p for p in folder.glob(f"{name}.*") if images.is_image(p)), None)
-        if path is None or name == exclude:
-            continue
+    for path in _photographs(exclude):
         with Image.open(path) as image:
             photograph = image.convert("RGB")
         for _ in range(_CROPS):
@@ -160,6 +164,17 @@ def _bundled(size: tuple[int, int], exclude: str) -> list[np.ndarray]:
             crop = photograph.crop((int(left), int(top), int(left + side), int(top + side)))
             textures.append(_fit(crop, size))
     return textures
+
+
+def _photographs(exclude: str = "") -> list[pathlib.Path]:
+    try:
+        import skimage
+    except ImportError:
+        return []
+    # By path: its loader would fetch from the network what the package does not contain.
+    folder = pathlib.Path(skimage.__file__).parent / "data"
+    found = ([p for p in folder.glob(f"{x}.*") if images.is_image(p)] for x in _PHOTOGRAPHS)
+    return [paths[0] for paths in found if paths and paths[0].stem != exclude]
 
 
 def procedural(size: tuple[int, int], count: int) -> list[np.ndarray]:
