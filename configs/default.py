@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
     config.category = "all"
     # Height and width in pixels, divisible by 32; one number means a square. Paper: 256x256.
     config.image_size = (256, 256)
-    # Rows and columns of tiles of `image_size` that an image is looked at in, one number meaning
-    # as many of both; (1, 1): as a whole, as the paper does. An image is resized to
-    # rows * height - (rows - 1) * tile_overlap by as much of the columns. See docs/datasets.md.
+    # Rows and columns of tiles, each of `image_size`, into which an image is cut; one number means
+    # as many of both; (1, 1): not cut, as in the paper. The image is resized before, to
+    # rows * height - (rows - 1) * tile_overlap, and likewise in width. See docs/datasets.md.
     config.tiles = (1, 1)
     # Pixels that neighbouring tiles share, in which their maps fade into each other; at most half
     # of a tile's side. Ours: one pixel of the coarsest features.
@@ -157,7 +157,8 @@ def get_config() -> ConfigDict:
     # --- synthesis -------------------------------------------------------------------------------
     config.synthesis = ConfigDict()
     # Textures for simulated anomalies: "" (scikit-image's bundled ones and procedural ones), "dtd"
-    # (TFDS's own, prepared under data.data_dir) or a folder of images, searched recursively.
+    # (the training split of TFDS's own, a third of DTD, prepared under data.data_dir) or a folder
+    # of images, searched recursively.
     config.synthesis.textures = ""
     # Textures held in memory, at most (200 kB each at 256x256), evenly spread over what is there.
     config.synthesis.max_textures = 600
@@ -175,6 +176,7 @@ def get_config() -> ConfigDict:
     config.synthesis.simulated_contrast = 3.0
     # Simulated anomalies (DiffusionAD's values, and DRAEM's before it): the finest Perlin grid is
     # 2**5 cells, noise above the threshold is anomalous, three of ten operations on the content.
+    # Ours: on a texture anywhere in the image; DiffusionAD keeps to a random part of it.
     config.synthesis.perlin_max_exponent = 5
     config.synthesis.perlin_threshold = 0.5
     config.synthesis.operations = 3
@@ -185,7 +187,9 @@ def get_config() -> ConfigDict:
     config.synthesis.simulated_opacity = (0.2, 0.8)
     # Extended anomalies. CPR's rendering of PRN: one to five pieces, spatial transformation with
     # probability 0.9, colour with 0.5, scale 0.5 to 1.5, opacity 0.5 to 1. Ours: at most three
-    # pieces, and half of them opaque, as PRNet's all are.
+    # pieces, and half of them opaque, as PRNet's all are; they lie on the product, around one of
+    # 256 places of each normal image; half of the turned ones are mirrored; the colour changes in
+    # brightness, hue and saturation (CPR: three of nine operations).
     config.synthesis.max_pastes = 3
     config.synthesis.extended_spatial = 0.9
     config.synthesis.extended_colour = 0.5
@@ -195,13 +199,15 @@ def get_config() -> ConfigDict:
     # What is pasted: a defect type is drawn, a seen image of it, then with this probability all
     # regions of its mask as they lie, else one of them. Ours.
     config.synthesis.extended_together = 0.5
-    # Regions of a seen mask below this many pixels are not moved by themselves.
+    # Regions of a seen mask below this many pixels are not moved by themselves, unless there is no
+    # other.
     config.synthesis.min_region = 8
     # What is pasted is softened, edges and all, by a Gaussian of so many pixels: a pasted edge is a
     # step from one pixel to the next, a photographed one hardly ever is. 0: not. Ours.
     config.synthesis.softness = 0.0
     # Probability and strength of the light augmentation that keeps the label: brightness by up to
-    # +-10 % and a shift by up to `shift` of the side. Seen anomalies only: ten images are few.
+    # +-10 % and 10 grey levels, and a shift by up to `shift` of the side. Seen anomalies only: ten
+    # images are few.
     # Normals stay as they are, as in DiffusionAD.
     config.synthesis.augment_seen = 0.5
     config.synthesis.augment_normal = 0.0
@@ -215,7 +221,8 @@ def get_config() -> ConfigDict:
     # to the area at other sizes. PRNet: 100; DiffusionAD: 50.
     config.score_pixels = 100
     # Shares of new normal images, in (0, 1), that may be called anomalous: results and report show
-    # the threshold that keeps each, and its recall, where normal images were held out. Ours.
+    # the threshold that keeps each, and its recall, where normal images were held out. Ours. A run
+    # that is finished keeps those that it had.
     config.thresholds = ConfigDict()
     config.thresholds.false_alarms = (0.001, 0.01, 0.05)
     # Evaluate on the test split every so many steps, for curves only; 0: only at the end. The
@@ -232,8 +239,8 @@ def get_config() -> ConfigDict:
     config.profile = ConfigDict()
     config.profile.first_step = 0
     config.profile.steps = 5
-    # Steps and minutes between two checkpoints, whichever comes first; 0 switches one off. The
-    # last step is always saved.
+    # Steps and minutes between two checkpoints, whichever comes first; 0 switches one off. Minutes
+    # are looked at every `log_every` steps. The last step is always saved.
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500
     config.checkpoint.every_minutes = 10.0

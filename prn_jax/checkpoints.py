@@ -119,7 +119,7 @@ class Checkpoints:
         step = self.latest_step() if step is None else step
         # Whatever devices saved it: everything comes to one that is here.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        with self._whole(step):
+        with self._readable(step):
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
                 self._manager.item_metadata(step).model,
@@ -131,11 +131,11 @@ class Checkpoints:
         """What a checkpoint (the newest by default) was made of."""
         items = ocp.args.Composite(config=ocp.args.JsonRestore())
         step = self.latest_step() if step is None else step
-        with self._whole(step):
+        with self._readable(step):
             return Identity.from_json(self._manager.restore(step, args=items).config)
 
     @contextlib.contextmanager
-    def _whole(self, step: int) -> Iterator[None]:
+    def _readable(self, step: int) -> Iterator[None]:
         """Says of a checkpoint that cannot be read what to do."""
         try:
             yield
@@ -151,7 +151,7 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             return None
-        with self._whole(step):
+        with self._readable(step):
             stored = self._manager.item_metadata(step).model["prototypes"]
             # Without training a scale has one prototype; an earlier version had no `whole`.
             whole = stored.get("whole", {"centres": stored["scale_0"]["maps"]})

@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 from etils import epath
 from PIL import Image
+from scipy import spatial
 
 from prn_jax import disk
 from prn_jax.checkpoints import folder_of
@@ -44,8 +45,7 @@ class Normals:
 
     def nearest(self, descriptors: np.ndarray) -> np.ndarray:
         """The number of the normal image nearest to each description, [m, d] -> int [m]."""
-        near = [np.square(self.descriptor - x).sum(axis=1).argmin() for x in descriptors]
-        return np.array(near, int)
+        return spatial.distance.cdist(descriptors, self.descriptor).argmin(axis=1)
 
     def picture(self, number: int) -> np.ndarray:
         """The small copy of one, uint8 [h, w, 3]."""

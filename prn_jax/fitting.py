@@ -1,4 +1,4 @@
-"""What is made of the normal images before training: prototypes, a memory, the whole image's."""
+"""What is fitted to the normal images before training: prototypes, memory, whole-image centres."""
 
 import functools
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def fit_prototypes(
       mesh: devices.
 
     Returns:
-      The `prototypes` collection, see `PRN`, on every device.
+      The `prototypes` collection, see `PRN`, without `interest`; on every device.
     """
     count = min(len(images), config.prototypes.max_images)
     some = images[np.linspace(0, len(images) - 1, count).round().astype(int)]

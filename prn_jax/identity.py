@@ -61,7 +61,7 @@ class Identity:
     Attributes:
       dataset: its name, as in `config.data.name`.
       category: its name.
-      fingerprint: of the raw files, see `datasets.base.fingerprint`; "" of a run that an earlier
+      fingerprint: of the raw files, see `datasets.raw.fingerprint`; "" of a run that an earlier
         version made, which did not record it.
       seen: ids of the seen anomalies, sorted.
       steps: that the whole training has; -1: not known.

@@ -143,7 +143,7 @@ def _identity(folder: pathlib.Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def describe(paths: list[pathlib.Path]) -> str:
+def describe_skipped(paths: list[pathlib.Path]) -> str:
     """Counts and names what `find_images` skipped, with the reasons: one line."""
     reasons: dict[str, list[pathlib.Path]] = {}
     for path in paths:

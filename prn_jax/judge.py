@@ -45,7 +45,7 @@ def read_folder(folder: pathlib.Path, detector: Detector) -> Images:
             "as docs/datasets.md shows"
         )
     if stray:
-        logging.warning("skipped %s", images.describe(stray))
+        logging.warning("skipped %s", images.describe_skipped(stray))
     examples.sort(key=lambda x: x.id)
     size, count = detector.image_size, len(examples)
     pixels, masks = disk.zeros((count, *size, 3), np.uint8), disk.zeros((count, *size), np.uint8)

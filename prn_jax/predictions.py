@@ -72,7 +72,7 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
     if not found:
         raise UserError(f"{shown(patterns[0])}: there are no images{_left_out(skipped, own)}")
     if foreign := [path for path in skipped if path.name not in (*tables.FILES, LOCK)]:
-        logging.warning("skipped %s", images.describe(foreign))
+        logging.warning("skipped %s", images.describe_skipped(foreign))
     if own:
         logging.info("left out %d files of earlier predictions", own)
     names: dict[pathlib.Path, str] = {}
@@ -83,7 +83,7 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
 
 
 def _left_out(skipped: list[pathlib.Path], own: int) -> str:
-    about = f"; skipped {images.describe(skipped)}" if skipped else ""
+    about = f"; skipped {images.describe_skipped(skipped)}" if skipped else ""
     return about + (f"; left out {own} files of earlier predictions" if own else "")
 
 

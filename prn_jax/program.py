@@ -223,9 +223,9 @@ def _explained(error: Exception) -> str | None:
 
 
 def _leave() -> None:
-    """Parts from the other processes of a run, which end about now.
+    """Disconnects from the other processes of a run while all of them are there.
 
-    JAX would do so at the very end, when one may have been taken to pieces long before another.
+    JAX would do so when the interpreter ends, and another may be gone by then.
     """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():

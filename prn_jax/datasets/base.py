@@ -4,6 +4,7 @@ A data set's official raw files are read once, category by category, into TFReco
 
     image   uint8 [h, w, 3], encoded as found
     mask    uint8 [h, w, 1] in {0, 255}, all 0 for a normal image
+    has_mask  bool: whether the mask is known; true for a normal image
     label   0 normal, 1 anomalous
     defect  the defect's name, "good" for a normal image
     id      the image's path below the category's folder, without extension
@@ -281,7 +282,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             _say_skipped(cls.name, stray)
             raise
         if not any(example.split == "train" for example in examples):
-            why = f"; skipped {images.describe(stray)}" if stray else ""
+            why = f"; skipped {images.describe_skipped(stray)}" if stray else ""
             raise UserError(
                 f"{shown(folder)}: no training images; add normal images to train on{why}"
             )
@@ -430,7 +431,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def _say_skipped(title: str, stray: list[pathlib.Path]) -> None:
     if stray:
-        logging.warning("%s: skipped %s", title, images.describe(stray))
+        logging.warning("%s: skipped %s", title, images.describe_skipped(stray))
 
 
 _say_once = functools.cache(logging.info)

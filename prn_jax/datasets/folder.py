@@ -82,12 +82,8 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         root = pathlib.Path(os.path.expanduser(manual_dir))
         products = [root / category] if category else layout.out_of_place(root, ())
         for product in (root, *products):
-            for path in () if _is_product(product) else layout.out_of_place(product / "train", ()):
-                if path.is_dir() and layout.is_normal(path.name):
-                    raise UserError(
-                        f"{shown(path)}: is this the folder of normal images? rename it "
-                        f"{shown(path.with_name(layout.GOOD))}"
-                    )
+            if not _is_product(product):
+                layout.check_train(product / "train")
 
     @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:

@@ -116,6 +116,20 @@ def _likely(
     return f"did you mean {name}, the mask of {shown(found[close[0]])}? {looked}; rename it"
 
 
+def check_train(train: pathlib.Path, normal: str = GOOD) -> None:
+    """Asks about a folder of normal training images that is called otherwise.
+
+    Raises:
+      UserError: naming it.
+    """
+    for path in out_of_place(train, (normal,)):
+        if path.is_dir() and is_normal(path.name):
+            raise UserError(
+                f"{shown(path)}: is this the folder of normal images? rename it "
+                f"{shown(train / normal)}"
+            )
+
+
 def scan_folders(
     folder: pathlib.Path,
     stray: list[pathlib.Path],
@@ -147,12 +161,8 @@ def scan_folders(
     stray.extend(x for x in out_of_place(folder, parts) if x.is_dir())
     stray.extend(out_of_place(folder / "train", (normal,)))
     train = list_images(folder / "train" / normal, stray)
-    for path in out_of_place(folder / "train", (normal,)) if not train else ():
-        if path.is_dir() and is_normal(path.name):
-            raise UserError(
-                f"{shown(path)}: is this the folder of normal images? rename it "
-                f"{shown(folder / 'train' / normal)}"
-            )
+    if not train:
+        check_train(folder / "train", normal)
     examples = [Example(f"train/{normal}/{k}", "train", GOOD, v, None) for k, v in train.items()]
     names = {
         path.name

@@ -1,9 +1,10 @@
 """A trained network as a file that other runtimes execute: one module per format.
 
 All take `image`, uint8 [b, h, w, 3] at the camera's size, and give `map`, float32 [b, h, w] at the
-network's, and `score`, float32 [b], both in [0, 1]; the resize that training uses and the
-normalisation are inside. Beside each lie its description, `NAME.json`, and a golden set,
-`NAME.golden`; `place` says what may be replaced, `check` what is accepted.
+network's, and `score`, float32 [b], both in [0, 1], and `distance`, float32 [b], see
+`models.whole`; the resize that training uses and the normalisation are inside. Beside each lie its
+description, `NAME.json`, and a golden set, `NAME.golden`; `place` says what may be replaced,
+`check` what is accepted.
 """
 
 import dataclasses

@@ -17,8 +17,8 @@ def sample(detector: Detector, manual_dir: str = "") -> np.ndarray:
       manual_dir: where the raw files are now; default: where they were.
 
     Returns:
-      uint8 [64, h, w, 3], the first of the training's plan; of a network that looks at tiles, as
-      many images that those samples are laid to.
+      uint8 [64, h, w, 3], the first of the training's plan; with tiles, 64 whole images, each laid
+      together from such samples.
 
     Raises:
       UserError: the data, or the textures, are no longer there.

@@ -126,7 +126,7 @@ def read_folder(folder: pathlib.Path, given: Size, white: int) -> list[bytes]:
     """
     paths, skipped = images.find_images(folder)
     if skipped:
-        logging.warning("--images: not used: %s", images.describe(skipped))
+        logging.warning("--images: not used: %s", images.describe_skipped(skipped))
     if not paths:
         raise UserError(f"--images={shown(folder)}: no such folder, or no images in it")
     found, resized = [], []

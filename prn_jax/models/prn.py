@@ -23,8 +23,9 @@ class PRN(nn.Module):
     """Prototypical residual network: uint8 images -> one anomaly logit per pixel.
 
     Variable collections: `params` (trained), `batch_stats` (the decoder's), `backbone` (frozen
-    stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], and those of
-    `whole.py`: `interest/mask`, `whole/centres` and `whole/spread`). What comes after the backbone
+    stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], untrained
+    `patch_map/reference`, and those of `whole.py`: `interest/mask`, `whole/centres` and
+    `whole/spread`). What comes after the backbone
     is there once more for each further look, in `closer_i`.
 
     Attributes:
@@ -228,7 +229,7 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
 
     Args:
       config: the configuration.
-      num_prototypes: of each place of a tile, and scale.
+      num_prototypes: per scale; with tiles, per scale and place of a tile.
     """
     memory, decoder = config.get("memory", {}), config.get("decoder", {})
     # Before there was a memory, no steps meant as many as `epochs` says.

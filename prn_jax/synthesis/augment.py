@@ -49,11 +49,11 @@ class Draws:
 
     def seed(self, number: int | tf.Tensor) -> tf.Tensor:
         """A seed of its own, int32 [2], for what needs many numbers."""
-        offset = tf.stack([tf.constant(0x5EED, tf.int32), tf.cast(number, tf.int32)])
-        return tf.random.experimental.stateless_fold_in(self._seed, offset[1] + offset[0])
+        number = tf.cast(number, tf.int32) + 0x5EED
+        return tf.random.experimental.stateless_fold_in(self._seed, number)
 
 
-def three_of_ten(image: tf.Tensor, draws: Draws, count: int = 3) -> tf.Tensor:
+def some_of_ten(image: tf.Tensor, draws: Draws, count: int) -> tf.Tensor:
     """Applies `count` of the ten operations, drawn without replacement.
 
     Args:

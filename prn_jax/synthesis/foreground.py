@@ -173,7 +173,7 @@ def foreground_points(foreground: np.ndarray, count: int = 256) -> np.ndarray:
     points = []
     for mask in foreground:
         pixels = np.argwhere(mask)
-        # A stride that shares no factor with the width does not line up with the columns.
+        # Multiples of the golden ratio spread evenly, and do not line up with the columns.
         order = (np.arange(count) * 0.6180339887 % 1.0 * len(pixels)).astype(int)
         points.append(pixels[order])
     return np.asarray(points, np.float32)

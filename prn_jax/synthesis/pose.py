@@ -7,6 +7,7 @@ images as it was before; one that always lies alike is not. Measured on MVTec AD
 
 import numpy as np
 import tensorflow as tf
+from scipy import spatial
 
 Turn = tuple[int, bool]  # quarter turns against the clock, then whether left and right are swapped
 
@@ -24,7 +25,7 @@ def free_turns(images: np.ndarray, roi: np.ndarray | None = None) -> list[Turn]:
 
     Returns:
       The turns, of which the first changes nothing; quarter turns only of square images. From
-      fewer than three images nothing can be told: none.
+      fewer than three images nothing can be told: the first alone.
     """
     identity = (0, False)
     if len(images) < 3:
@@ -56,7 +57,6 @@ def _turned(images: np.ndarray, quarter: int, mirrored: bool) -> np.ndarray:
 
 def _to_nearest_other(images: np.ndarray, others: np.ndarray) -> float:
     """Median over i of the distance from `images[i]` to the nearest of `others[j]`, j != i."""
-    a, b = (x.reshape(len(x), -1) for x in (images, others))
-    squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2.0 * a @ b.T
-    np.fill_diagonal(squared, np.inf)
-    return float(np.median(np.sqrt(np.maximum(squared.min(1), 0.0))))
+    distance = spatial.distance.cdist(*(x.reshape(len(x), -1) for x in (images, others)))
+    np.fill_diagonal(distance, np.inf)
+    return float(np.median(distance.min(axis=1)))

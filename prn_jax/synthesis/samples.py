@@ -122,7 +122,8 @@ class SampleMaker:
         array = self._arrays[name]
         if isinstance(array, tf.Tensor):
             return array[index]
-        # TensorFlow keeps what it calls for good: that must not keep the arrays.
+        # TensorFlow never lets go of a function that it calls: by a weak reference it does not hold
+        # the arrays.
         maker, dtype, shape = weakref.ref(self), array.dtype, array.shape[1:]
         row = tf.numpy_function(lambda i: maker()._arrays[name][i], [index], dtype, stateful=False)
         return tf.ensure_shape(row, shape)

@@ -106,7 +106,7 @@ class Simulate:
         texture = draws.integer(tf.shape(self._textures)[0])
         is_self = draws.chance(self._self_chance)
         source = tf.cond(is_self, lambda: image, lambda: tf.gather(self._textures, texture))
-        source = augment.three_of_ten(source, draws, self._config.operations)
+        source = augment.some_of_ten(source, draws, self._config.operations)
         source = to_grey(source) if self._grey else source
         order = draws.seed(2)
         return tf.cond(is_self, lambda: self._shuffle(source, order), lambda: source)

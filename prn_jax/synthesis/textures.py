@@ -97,7 +97,7 @@ def _find(folder: pathlib.Path) -> tuple[list[pathlib.Path], str]:
     if not folder.is_dir():
         raise UserError(f"synthesis.textures={shown(folder)}: no such folder")
     paths, skipped = images.find_images(folder)
-    why = f"skipped {images.describe(skipped)}" if skipped else ""
+    why = f"skipped {images.describe_skipped(skipped)}" if skipped else ""
     if not paths:
         raise UserError(
             f"synthesis.textures={shown(folder)}: there are no images in it{why and '; '}{why}"

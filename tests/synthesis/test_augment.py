@@ -89,7 +89,7 @@ def only(position):
 def test_lookups_are_their_formulas(image, position, expected):
     order = ["gamma", "bright", "solarize", "posterize", "invert", "autocontrast", "equalize"]
     index = {3: order.index("solarize"), 4: order.index("posterize"), 5: order.index("invert")}
-    found = augment.three_of_ten(tf.constant(image), only(index[position]), 1).numpy()
+    found = augment.some_of_ten(tf.constant(image), only(index[position]), 1).numpy()
     np.testing.assert_array_equal(found, expected(image))
 
 
@@ -97,7 +97,7 @@ def test_autocontrast_and_equalize_are_close_to_pillows():
     noise = np.random.default_rng(0).integers(0, 256, (160, 224, 3))
     image = ndimage.gaussian_filter(noise, (2, 2, 0)).astype(np.uint8)
     for position, reference in ((5, ImageOps.autocontrast), (6, ImageOps.equalize)):
-        found = augment.three_of_ten(tf.constant(image), only(position), 1).numpy()
+        found = augment.some_of_ten(tf.constant(image), only(position), 1).numpy()
         expected = np.asarray(reference(Image.fromarray(image)))
         # Their histograms are those of a sixteenth of the pixels.
         assert np.abs(found.astype(int) - expected).mean() < 8
@@ -105,11 +105,11 @@ def test_autocontrast_and_equalize_are_close_to_pillows():
 
 def test_three_different_operations_are_drawn(image):
     made = [
-        augment.three_of_ten(tf.constant(image), Draws(tf.constant([7, i])), 3).numpy().tobytes()
+        augment.some_of_ten(tf.constant(image), Draws(tf.constant([7, i])), 3).numpy().tobytes()
         for i in range(12)
     ]
     assert len(set(made)) > 9
-    again = augment.three_of_ten(tf.constant(image), Draws(tf.constant([7, 0])), 3).numpy()
+    again = augment.some_of_ten(tf.constant(image), Draws(tf.constant([7, 0])), 3).numpy()
     assert again.tobytes() == made[0]
 
 
