@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from absl import flags, logging
 from etils import epath
@@ -370,8 +370,12 @@ eval "exec ${{runs[$SLURM_ARRAY_TASK_ID]}}"
 """
 
 
-def overrides_of(arguments: Sequence[str], is_ours: Callable[[str], bool]) -> list[str]:
+def overrides_of(arguments: Sequence[str]) -> list[str]:
     """The `--config` arguments of a command line, to pass on to the runs."""
+
+    def is_ours(name: str) -> bool:
+        return name == "config" or name.startswith("config.")
+
     kept, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)

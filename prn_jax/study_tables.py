@@ -112,21 +112,18 @@ def write_study(runs: Sequence[StudyRun], workdir: epath.PathLike, dataset: str)
     tables = []
     for name, found in variations.items():
         own = summarise(found)
-        texts += [f"## {name}", "", _markdown(own, dataset).split("\n", 2)[2]]
-        head, *lines = list(csv.reader(io.StringIO(_csv(own, dataset))))
-        tables += [[name, *line] for line in lines]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["variation", *head], *tables])
+        texts += [f"## {name}", "", _body(own, dataset)]
+        tables += [[name, *line] for line in _lines(own, dataset)]
     disk.write_file(folder / "study.md", "\n".join(texts))
-    disk.write_file(folder / "study.csv", text.getvalue())
+    disk.write_file(folder / "study.csv", _csv([["variation", *_heads(dataset)], *tables]))
     disk.write_file(folder / "study.tex", _latex(rows, "", "variation"))
 
 
 def write_tables(rows: Sequence[Row], workdir: epath.PathLike, dataset: str) -> None:
     """Writes `study.md`, `study.csv` and `study.tex` (booktabs)."""
     folder = epath.Path(os.path.expanduser(workdir))
-    disk.write_file(folder / "study.md", _markdown(rows, dataset))
-    disk.write_file(folder / "study.csv", _csv(rows, dataset))
+    disk.write_file(folder / "study.md", f"# PRN on {dataset}\n\n{_body(rows, dataset)}")
+    disk.write_file(folder / "study.csv", _csv([_heads(dataset), *_lines(rows, dataset)]))
     disk.write_file(folder / "study.tex", _latex(rows, dataset))
 
 
@@ -171,10 +168,9 @@ def _cells(rows: Sequence[Row], dataset: str, between: str) -> list[list[str]]:
     return table
 
 
-def _markdown(rows: Sequence[Row], dataset: str) -> str:
+def _body(rows: Sequence[Row], dataset: str) -> str:
+    """The table in Markdown, with what it shows."""
     lines = [
-        f"# PRN on {dataset}",
-        "",
         "Percent, mean ± standard deviation over seeds of training and split, last checkpoint, "
         "seen anomalies removed from the test split.",
         "",
@@ -190,15 +186,19 @@ def _markdown(rows: Sequence[Row], dataset: str) -> str:
     return "\n".join(lines)
 
 
-def _csv(rows: Sequence[Row], dataset: str) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    heads = []
+def _heads(dataset: str) -> list[str]:
+    """Of the columns of the CSV file."""
+    heads = ["category", "seeds"]
     for key, _, is_paper in _columns(dataset):
         heads += [f"{key}_paper"] if is_paper else [f"{key}_mean", f"{key}_std"]
-    writer.writerow(["category", "seeds", *heads])
+    return heads
+
+
+def _lines(rows: Sequence[Row], dataset: str) -> list[list[str]]:
+    """Of the CSV file, shares instead of percent."""
+    lines = []
     for row in rows:
-        cells = [row[0], row[1]]
+        cells = [row[0], str(row[1])]
         for key, _, is_paper in _columns(dataset):
             if is_paper:
                 value = _paper(row, rows, dataset, key)
@@ -206,7 +206,13 @@ def _csv(rows: Sequence[Row], dataset: str) -> str:
             else:
                 mean, deviation = row[2][key] or (None, None)
                 cells += ["" if x is None else f"{x:.6f}" for x in (mean, deviation)]
-        writer.writerow(cells)
+        lines.append(cells)
+    return lines
+
+
+def _csv(lines: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
 
 

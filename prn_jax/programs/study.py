@@ -50,9 +50,7 @@ def main() -> None:
     seeds = list(dict.fromkeys(int(seed) for seed in SEEDS.value))
     config = CONFIG.value
     categories = _categories(config)
-    overrides = study.overrides_of(
-        sys.argv[1:], lambda name: name == "config" or name.startswith("config.")
-    )
+    overrides = study.overrides_of(sys.argv[1:])
     variations = study.vary(VARY.value)
     if ABLATIONS.value:
         if VARY.value:
