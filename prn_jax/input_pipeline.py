@@ -46,16 +46,12 @@ class CategoryData:
     train: Images
     seen: Images
     test: Images
+    held: Images
     foreground: np.ndarray
     is_object: bool
     white_level: int = 0
     fingerprint: str = ""
-    held: Images | None = None
     roi: np.ndarray | None = None
-
-    def __post_init__(self):
-        if self.held is None:
-            object.__setattr__(self, "held", self.train.select([False] * len(self.train)))
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -142,11 +138,11 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         train=normal,
         seen=drawn,
         test=test,
+        held=held,
         foreground=foreground,
         is_object=is_object,
         white_level=int(metadata.get("white_level", 0)),
         fingerprint=builder.fingerprint or "",
-        held=held,
         roi=roi,
     )
 

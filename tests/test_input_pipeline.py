@@ -44,9 +44,8 @@ def make_data(normals=5, seen=3, is_object=True):
     foreground[:, 12:36, 16:48] = 1
     if not is_object:
         foreground[:] = 1
-    return CategoryData(
-        draw(normals, "good"), draw(seen, "dent"), draw(2, "good"), foreground, is_object
-    )
+    train, dents, test = draw(normals, "good"), draw(seen, "dent"), draw(2, "good")
+    return CategoryData(train, dents, test, test.pick([]), foreground, is_object)
 
 
 def batches(config, data, **kwargs):

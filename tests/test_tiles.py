@@ -224,7 +224,7 @@ def test_tiles_are_the_samples_and_only_marked_ones_of_seen_anomalies():
     seen = splits.Images(drawn(n, *size, 3, seed=1), marked, ["cut"] * n, ["a", "b"])
     foreground = np.zeros((n, *size), np.uint8)
     foreground[:, :, :40] = 1
-    data = input_pipeline.CategoryData(normal, seen, normal, foreground, True)
+    data = input_pipeline.CategoryData(normal, seen, normal, normal, foreground, True)
     tiles = input_pipeline.in_tiles(config, data)
     np.testing.assert_array_equal(tiles.train.image, GRID.cut(image))
     assert tiles.seen.id == ["a (1)", "b (3)", "b (6)"]
