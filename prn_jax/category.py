@@ -102,10 +102,6 @@ def _train(
             process_count=jax.process_count(),
         )
 
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    writer = board.create_writer(folder)
-    board.write_config(writer, config)
-
     def evaluate_during(step, model, variables):
         maps, scores, _ = _predict(config, model, variables, data.test, mesh)
         metrics = evaluate.metrics_of(data.test, maps, scores, data.roi)
@@ -130,14 +126,16 @@ def _train(
         [identity.textures, identity.dtype],
     )
 
-    def remember(resumed):
-        parts = data.train, data.seen, data.test
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    writer = board.create_writer(folder)
+    try:
+        board.write_config(writer, config)
+        identity = training.resumable(checkpoints, identity, allow)
+        resumed, parts = checkpoints.latest_step() is not None, (data.train, data.seen, data.test)
         meshes.from_main(
             "the record of what is trained on",
             lambda: trained_on.remember(checkpoints.folder, *parts, resumed),
         )
-
-    try:
         return training.train(
             config,
             data.train.image,
@@ -146,11 +144,9 @@ def _train(
             mesh,
             identity,
             write_scalars=writer.write_scalars,
-            accepted=remember,
             describe=functools.partial(board.write_parameters, writer),
             actions=board.profile(config, folder, identity.steps),
             evaluate=evaluate_during,
-            allow_config_change=allow,
             roi=data.roi,
         )
     finally:

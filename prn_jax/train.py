@@ -234,6 +234,40 @@ class Trained:
     timing: dict[str, float]
 
 
+def resumable(checkpoints: Checkpoints, identity: Identity, allow_change: bool = False) -> Identity:
+    """Looks whether a run may go on from the newest checkpoint, if there is one.
+
+    Args:
+      checkpoints: of the run so far.
+      identity: what it is made of now.
+      allow_change: go on although the checkpoint is made of something else.
+
+    Returns:
+      `identity`, with what changed on the way.
+
+    Raises:
+      UserError: naming what the checkpoint is made of otherwise.
+    """
+    step = checkpoints.latest_step()
+    if step is None:
+        return identity
+    saved = checkpoints.identity()
+    where = f"the checkpoint of step {step} in {shown(checkpoints.folder)}"
+    identity = saved.check(identity, where, step, allow_change)
+    if new := identity.changes[len(saved.changes) :]:
+        logging.warning(
+            "%s is made of something else (%s): going on, as --allow_config_change says",
+            where, "; ".join(new),
+        )  # fmt: skip
+    logging.info("resumed from step %d of %d", step, identity.steps)
+    if saved.steps and saved.steps != identity.steps:
+        logging.warning(
+            "the learning rate goes on as at step %d of a training of %d steps, not of %d",
+            step, identity.steps, saved.steps,
+        )  # fmt: skip
+    return identity
+
+
 def train(
     config: ConfigDict,
     normal_images: np.ndarray,
@@ -242,12 +276,10 @@ def train(
     mesh: Mesh,
     identity: Identity,
     *,
-    accepted: Callable[[bool], None] = lambda resumed: None,
     write_scalars: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     evaluate: Callable[[int, PRN, dict[str, Tree]], None] | None = None,
     describe: Callable[[Tree], None] = lambda params: None,
     actions: Sequence[Callable[[int], Any]] = (),
-    allow_config_change: bool = False,
     roi: np.ndarray | None = None,
 ) -> Trained:
     """Trains one category to its last step, from the newest checkpoint if there is one.
@@ -258,24 +290,18 @@ def train(
       make_batches: `(start_step, steps) -> batches` of this process, from `start_step` on.
       checkpoints: where the run is saved and resumed from.
       mesh: devices.
-      identity: what the run is made of; its `steps` say how long the training is.
-      accepted: called before anything is computed, with whether there is a checkpoint to go on
-        from, once that is known to be made of the same.
+      identity: what the run is made of, from `resumable`; its `steps` say how long the training is.
       write_scalars: receives the losses of a log step.
       evaluate: called with the step and the network every `config.eval_every` steps.
       describe: receives the trained parameters, before the first step.
       actions: called with each step when it is done, as CLU's periodic actions are.
-      allow_config_change: go on although the checkpoint is made of something else.
       roi: where an image counts, uint8 [h, w] in {0, 1}; default: everywhere.
 
     Raises:
-      UserError: the batch does not divide, the checkpoint is made of something else, or the loss is
-        not finite.
+      UserError: the batch does not divide, or the loss is not finite.
       Interrupted: after SIGTERM or Ctrl-C, when the run is saved.
     """
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
-    identity = _resumable(checkpoints, identity, allow_config_change)
-    accepted(checkpoints.latest_step() is not None)
     steps = identity.steps
     # Normal images that came later, if that was allowed, have no part in them.
     stored = checkpoints.num_prototypes()
@@ -333,28 +359,6 @@ def train(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _resumable(checkpoints: Checkpoints, identity: Identity, allow_change: bool) -> Identity:
-    """The run's identity, with what changed on the way; refuses what cannot be gone on with."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return identity
-    saved = checkpoints.identity()
-    where = f"the checkpoint of step {step} in {shown(checkpoints.folder)}"
-    identity = saved.check(identity, where, step, allow_change)
-    if new := identity.changes[len(saved.changes) :]:
-        logging.warning(
-            "%s is made of something else (%s): going on, as --allow_config_change says",
-            where, "; ".join(new),
-        )  # fmt: skip
-    logging.info("resumed from step %d of %d", step, identity.steps)
-    if saved.steps and saved.steps != identity.steps:
-        logging.warning(
-            "the learning rate goes on as at step %d of a training of %d steps, not of %d",
-            step, identity.steps, saved.steps,
-        )  # fmt: skip
-    return identity
 
 
 def _start(

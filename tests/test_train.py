@@ -51,13 +51,13 @@ def made_of(config, images):
     return Identity("folder", "noise", "abc", (), steps, 0, as_dict(config))
 
 
-def run(config, images, folder, devices=1, **kwargs):
+def run(config, images, folder, devices=1, allow_change=False, **kwargs):
     mesh = meshes.create_mesh(jax.devices()[:devices])
     checkpoints = Checkpoints(folder, config.checkpoint.keep)
     try:
+        identity = train.resumable(checkpoints, made_of(config, images), allow_change)
         return train.train(
-            config, images, make_batches(config), checkpoints, mesh, made_of(config, images),
-            **kwargs,
+            config, images, make_batches(config), checkpoints, mesh, identity, **kwargs
         )  # fmt: skip
     finally:
         checkpoints.close()
@@ -122,16 +122,6 @@ def test_a_checkpoint_is_due_after_so_many_minutes_at_a_log_step(images, tmp_pat
               "checkpoint.keep": 9, "total_steps": 5}  # fmt: skip
     run(small_config(**fields), images, tmp_path)
     assert {x.name for x in tmp_path.iterdir() if x.name.isdigit()} == {"2", "4", "5"}
-
-
-def test_only_a_run_that_is_accepted_says_so(images, tmp_path):
-    config, said = small_config(total_steps=2), []
-    for _ in range(2):
-        run(config, images, tmp_path, accepted=said.append)
-    assert said == [False, True]
-    with pytest.raises(UserError, match="made of something else"):
-        run(small_config(total_steps=2, num_seen=3), images, tmp_path, accepted=said.append)
-    assert said == [False, True]
 
 
 @pytest.mark.slow
@@ -271,7 +261,7 @@ def test_another_configuration_is_refused_by_name(images, tmp_path):
         small_config(total_steps=2, **{"optimizer.learning_rate": 0.5}),
         images,
         tmp_path,
-        allow_config_change=True,
+        allow_change=True,
     )
 
 
