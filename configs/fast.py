@@ -1,7 +1,8 @@
-"""For CPUs without an accelerator, and lines that do not wait: MVTec AD, or with a folder's fields.
+r"""For CPUs without an accelerator, and lines that do not wait: MVTec AD, or your own images.
 
 python launch/main.py --config=configs/fast.py --config.data.name=folder \
-    --config.data.manual_dir=/path/to/images --config.data.holdout=0.1
+    --config.data.manual_dir=/path/to/images --config.data.holdout=0.1 \
+    --config.batch_size=16 --config.total_steps=1000 --workdir=runs/bolts
 """
 
 from ml_collections import ConfigDict

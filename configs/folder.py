@@ -1,6 +1,7 @@
-"""Your own images, in the layout of docs/datasets.md.
+r"""Your own images, in the layout of docs/datasets.md.
 
-python launch/main.py --config=configs/folder.py --config.data.manual_dir=/path/to/images
+python launch/main.py --config=configs/folder.py --config.data.manual_dir=/path/to/images \
+    --workdir=runs/bolts
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,7 @@
-"""MVTec AD, for accuracy before faithfulness (what it gains and loses: docs/experiments.md, 17).
+r"""MVTec AD, for accuracy before faithfulness (what it gains and loses: docs/experiments.md, 17).
 
-python launch/main.py --config=configs/mvtec_plus.py --config.data.manual_dir=/data/mvtec_ad
+python launch/main.py --config=configs/mvtec_plus.py --config.data.manual_dir=/data/mvtec_ad \
+    --config.batch_size=16 --config.total_steps=1000 --workdir=runs/plus
 """
 
 from ml_collections import ConfigDict

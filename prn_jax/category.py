@@ -121,6 +121,7 @@ def _train(
         textures=textures.fingerprint(config),
         dtype=np.dtype(compute_dtype(config)).name,
     )
+    meshes.barrier("the textures are looked at")
     meshes.require_same(
         "textures and types (synthesis.textures, scikit-image, dtype)",
         [identity.textures, identity.dtype],
@@ -131,6 +132,8 @@ def _train(
     try:
         board.write_config(writer, config)
         identity = training.resumable(checkpoints, identity, allow)
+        if meshes.is_main():  # it is of what was there before
+            (folder / "results.json").unlink(missing_ok=True)
         resumed, parts = checkpoints.latest_step() is not None, (data.train, data.seen, data.test)
         meshes.from_main(
             "the record of what is trained on",
@@ -192,6 +195,9 @@ def _evaluate(
     held_maps, held_scores, held_distances = _predict(*network, data.held, mesh)
     inside = slice(None) if data.roi is None else data.roi > 0
     some = data.train.pick(explain.kept(len(data.train)))
+    # Before the thresholds, whose pixels are sorted by each host in its own time.
+    descriptions = [_described(*network, x, mesh) for x in (some, data.test)]
+    normals = explain.Normals.of(some.id, some.image, descriptions[0])
 
     def trained_ones():
         maps, scores, _ = _predict(*network, some, mesh)
@@ -207,7 +213,6 @@ def _evaluate(
         distances=(distances, held_distances),
     )
     rates = config.thresholds.false_alarms
-    normals = explain.Normals.of(some.id, some.image, _described(*network, some, mesh))
     return _Evaluated(
         maps,
         scores,
@@ -218,7 +223,7 @@ def _evaluate(
         chosen,
         thresholds.at_rates(chosen, rates, scores, data.test.label),
         normals,
-        normals.nearest(_described(*network, data.test, mesh)),
+        normals.nearest(descriptions[1]),
     )
 
 

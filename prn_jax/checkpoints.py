@@ -169,9 +169,14 @@ class Checkpoints:
 
 
 def digest(network: Tree) -> str:
-    """Tells a network's arrays, as `Checkpoints.restore_model` gives them, from another's."""
+    """Tells a network's arrays, as `Checkpoints.restore_model` gives them, from another's.
+
+    Without the region of interest, which may change when a finished run is evaluated again.
+    """
     found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(network):
+    prototypes = {name: x for name, x in network["prototypes"].items() if name != "interest"}
+    leaves = jax.tree_util.tree_leaves_with_path(network | {"prototypes": prototypes})
+    for path, leaf in leaves:
         array = np.ascontiguousarray(jax.device_get(leaf))
         found.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         found.update(array.data)

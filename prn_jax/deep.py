@@ -17,7 +17,9 @@ def is_deep(image: Image.Image) -> bool:
     """Whether an image that was opened, but not loaded, has more than 8 bits per channel."""
     if image.format == "PPM" and image.mode != "F":
         return _ppm_maximum(image) > 255
-    return image.mode in GREY or (";16" in _raw_mode(image) and image.mode != "CMYK")
+    # BGR;16 has 16 bits for all of its channels together.
+    deep = ";16" in _raw_mode(image) and not _raw_mode(image).startswith("BGR;")
+    return image.mode in GREY or (deep and image.mode != "CMYK")
 
 
 def is_cut(image: Image.Image) -> bool:

@@ -132,6 +132,8 @@ def _check_num_seen(config: ConfigDict) -> None:
     """Before anything is trained, as far as the names of the files tell."""
     from prn_jax import datasets
 
+    if not config.num_seen:
+        return
     counts = datasets.count_anomalous(config.data.name, config.category, config.data.manual_dir)
     if counts is not None:
         check_num_seen(config.num_seen, config.category, *counts)

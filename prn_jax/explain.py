@@ -1,7 +1,8 @@
 """Why an image alarms: the normal image that it was trained on and that is most like it.
 
 `checkpoints/normals.npz` keeps small copies of the normal training images with their descriptions
-(`models.whole`): about 10 kB each. So a copy of the checkpoints explains as well as the run does.
+(`models.whole`): 4 to 7 kB each at 128x128. So a copy of the checkpoints explains as the run
+does.
 """
 
 import dataclasses

@@ -122,8 +122,8 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     drawn = source.select([x in seen for x in source.id])
     test = test.select([x not in seen for x in test.id]) if source is test else test
     known = {trained_on.digest(image) for x in (normal, drawn) for image in x.image}
-    test = _without_copies(test, known, f"{category}: %d of %d test images")
-    held = _without_copies(held, known, f"{category}: %d of %d normal images held out")
+    test = _without_copies(test, known, category, "test images")
+    held = _without_copies(held, known, category, "normal images held out")
     if len(drawn) and not test.label.any():
         logging.warning(
             "%s: no anomalous images are left to test on: lower num_seen (%d) to keep some",
@@ -147,14 +147,14 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     )
 
 
-def _without_copies(images: Images, known: set[str], what: str) -> Images:
+def _without_copies(images: Images, known: set[str], category: str, what: str) -> Images:
     """Leaves out what has the pixels of an image that is trained on, and says it."""
     copies = [trained_on.digest(image) in known for image in images.image]
     names = [id_ for id_, copy in zip(images.id, copies) if copy]
     if names:
         logging.warning(
-            f"{what} are copies of images that are trained on, and are left out: %s",
-            len(names), len(images), shown_first(names),
+            "%s: %d of %d %s are copies of images that are trained on, and are left out: %s",
+            category, len(names), len(images), what, shown_first(names),
         )  # fmt: skip
     return images.select(~np.array(copies, bool))
 
@@ -190,7 +190,7 @@ def plan_kinds(config: ConfigDict, num_seen: int) -> np.ndarray:
 
 
 class Plan:
-    """Slot number -> kind, and which image, by shuffled passes over each kind's images.
+    """Slots' numbers -> kinds, and which images, by shuffled passes over each kind's images.
 
     Slots are numbered through the whole run: slot j of step s is `s * batch_size + j`.
     """
@@ -199,24 +199,27 @@ class Plan:
         kinds = plan_kinds(config, num_seen)
         before = np.stack([np.cumsum(kinds == kind) - (kinds == kind) for kind in range(4)])
         self._seed = config.seed
-        self._kinds = tf.constant(kinds)
-        self._before = tf.constant(before, tf.int64)
-        self._per_period = tf.constant(np.bincount(kinds, minlength=4), tf.int64)
+        self._kinds, self._before = kinds, before
+        self._per_period = np.bincount(kinds, minlength=4)
         # Extended and simulated ones are based on normal images.
         sizes = {kind: num_normal for kind in (NORMAL, EXTENDED, SIMULATED)}
         sizes[SEEN] = max(1, num_seen)
-        self._sizes = tf.constant([sizes[kind] for kind in range(4)], tf.int64)
+        self._sizes = np.array([sizes[kind] for kind in range(4)])
+        self._order = functools.lru_cache(maxsize=16)(self._draw)  # a batch is of a few passes
 
-    def __call__(self, slot: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Kind, int32, and image number, int64, of a slot, int64."""
-        phase = tf.cast(slot % _PERIOD, tf.int32)
-        kind = self._kinds[phase]
-        count = slot // _PERIOD * self._per_period[kind] + self._before[kind, phase]
-        size = self._sizes[kind]
-        epoch = tf.cast(count // size, tf.int32)
-        seed = tf.stack([self._seed, 4 * epoch + kind])
-        order = tf.argsort(tf.random.stateless_uniform([size], seed))
-        return kind, tf.cast(order[count % size], tf.int64)
+    def __call__(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Kinds, int32 [n], and image numbers, int64 [n], of slots, int [n]."""
+        phase = slots % _PERIOD
+        kinds = self._kinds[phase]
+        counts = slots // _PERIOD * self._per_period[kinds] + self._before[kinds, phase]
+        epochs, places = np.divmod(counts, self._sizes[kinds])
+        orders = map(self._order, kinds.tolist(), epochs.tolist())
+        return kinds, np.array([x[place] for x, place in zip(orders, places)], np.int64)
+
+    def _draw(self, kind: int, epoch: int) -> np.ndarray:
+        """The order of a pass over a kind's images."""
+        numbers = tf.random.stateless_uniform([self._sizes[kind]], [self._seed, 4 * epoch + kind])
+        return tf.argsort(numbers).numpy()
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -263,21 +266,25 @@ def train_batches(
 
     # Written in TensorFlow's own conditions and loops: rewriting it takes seconds, for nothing.
     @tf.autograph.experimental.do_not_convert
-    def sample(slot: tf.Tensor) -> dict[str, tf.Tensor]:
-        kind, index = plan(slot)
+    def sample(slot: tf.Tensor, kind: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
         image, mask = make(kind, index, slot)
         return {"image": image, "mask": mask, "kind": kind}
 
-    def slots(step: tf.Tensor) -> tf.data.Dataset:
-        first = step * config.batch_size + process_index * local
-        return tf.data.Dataset.range(first, first + local)
+    def planned() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for step in range(start_step, total_steps):
+            first = step * config.batch_size + process_index * local
+            slots = np.arange(first, first + local)
+            yield slots, *plan(slots)
 
-    steps = tf.data.Dataset.range(start_step, total_steps)
+    types = (tf.int64, tf.int32, tf.int64)
+    steps = tf.data.Dataset.from_generator(
+        planned, output_signature=tuple(tf.TensorSpec([local], x) for x in types)
+    )
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.ram_budget = 512 * 2**20
     batches = (
-        steps.flat_map(slots)
+        steps.unbatch()
         .map(sample, num_parallel_calls=parallel_calls, deterministic=True)
         .batch(local, drop_remainder=True)
         .prefetch(4)

@@ -53,7 +53,7 @@ class Inspection(NamedTuple):
     distance: np.ndarray | np.float32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Detector:
     """A trained network with its thresholds; made by `load`.
 
@@ -64,21 +64,22 @@ class Detector:
       step: of the checkpoint.
       thresholds: see `thresholds.choose`; None if the training did not come to its evaluation.
       mesh: devices.
-      white_level: the grey level that is white in images of more than 8 bits; 0: the full range.
+      white_level: the grey level that is white in images of more than 8 bits; 0: not known, each
+        image's is guessed.
       digest: tells this training, and this step of it, from others.
       identity: what it is made of.
       folder: of its checkpoints.
     """
 
-    model: PRN
-    variables: Any
-    config: ConfigDict
+    model: PRN = dataclasses.field(repr=False)
+    variables: Any = dataclasses.field(repr=False)
+    config: ConfigDict = dataclasses.field(repr=False)
     step: int
-    thresholds: dict[str, Any] | None
+    thresholds: dict[str, Any] | None = dataclasses.field(repr=False)
     mesh: Mesh
     white_level: int = 0
     digest: str = ""
-    identity: Identity | None = None
+    identity: Identity | None = dataclasses.field(default=None, repr=False)
     folder: epath.Path | None = None
 
     @property
@@ -142,8 +143,8 @@ class Detector:
         return Inspection(sized, scores, distances)
 
     def describe(self, images: Iterable[ImageLike], batch_size: int | None = None) -> np.ndarray:
-        """What distances of whole images are between: see `evaluate.describe`."""
-        small, _ = self._fit(images)
+        """What distances of whole images are between, of several: see `evaluate.describe`."""
+        small, _ = self._fit([images] if _is_one(images) else _several(images))
         size = batch_size or self.config.eval_batch_size
         return evaluate.describe(self.model, self.variables, small, self.mesh, size)
 
@@ -162,12 +163,16 @@ class Detector:
         return np.array(small, np.uint8).reshape(-1, *self.image_size, 3), sizes
 
 
-def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
+def load(
+    checkpoint: str | os.PathLike, step: int | None = None, white_level: int | None = None
+) -> Detector:
     """Loads a trained network for prediction.
 
     Args:
       checkpoint: `<workdir>/<category>`, or the folder `checkpoints` in it; local or `gs://`.
       step: which one; the newest by default.
+      white_level: the grey level that is white in images of more than 8 bits; as in training by
+        default.
 
     Raises:
       UserError: there is no such checkpoint.
@@ -206,11 +211,12 @@ def load(checkpoint: str | os.PathLike, step: int | None = None) -> Detector:
     stored = network["prototypes"]["scale_0"]["maps"].shape[0]
     model = create_model(config, max(1, stored // Tiling.of(config).count))
     say_type(thresholds, model.dtype)
-    told = [identity.as_json(), step, network_digest]
+    white = identity.white_level if white_level is None else white_level
+    told = [identity.as_json(), step, network_digest, white]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     return Detector(
-        model, variables, config, step, thresholds, mesh, identity.white_level, digest.hexdigest(),
-        identity, folder,
+        model, variables, config, step, thresholds, mesh, white, digest.hexdigest(), identity,
+        folder,
     )  # fmt: skip
 
 
@@ -228,7 +234,9 @@ def say_type(thresholds: dict[str, Any] | None, dtype: np.typing.DTypeLike) -> N
 def _is_one(images: Any) -> bool:
     if isinstance(images, str | os.PathLike | Image.Image):
         return True
-    return hasattr(images, "__array__") and images.ndim != 4 and images.dtype != object
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OUS":  # of images, or paths
+        return False
+    return hasattr(images, "__array__") and images.ndim != 4
 
 
 def _several(images: Any) -> Iterable[Any]:

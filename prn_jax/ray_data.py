@@ -19,6 +19,7 @@ from absl import logging
 from prn_jax import images
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import load
+from prn_jax.program import leave_convs_to_eigen
 
 _BATCHES_PER_BLOCK = 8  # what is lost when a worker is
 
@@ -26,7 +27,10 @@ _BATCHES_PER_BLOCK = 8  # what is lost when a worker is
 class _Worker:
     """Holds a detector, and turns a batch of files' paths into rows."""
 
-    def __init__(self, checkpoint: str, batch_size: int):
+    def __init__(self, checkpoint: str, batch_size: int, gpus: float):
+        if 0 < gpus < 1:  # another process has the rest
+            os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * gpus:.3f}"
+        leave_convs_to_eigen()
         self._detector, self._batch_size = load(checkpoint), batch_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -52,6 +56,14 @@ class _Worker:
         return row | {"pixels": pixels}
 
 
+def _digest(checkpoint: str) -> tuple[str, str]:
+    """A checkpoint's digest, or what is wrong with it; in a process that ends, and frees a GPU."""
+    try:
+        return load(checkpoint).digest, ""
+    except UserError as error:
+        return "", str(error)
+
+
 def predict_files(
     paths: Sequence[str | os.PathLike],
     checkpoint: str | os.PathLike,
@@ -65,7 +77,8 @@ def predict_files(
     """Predicts files and writes a row for each.
 
     A file is done again where it changed, where it could not be read, and where an earlier row is
-    of another checkpoint; the earlier row stays, so that the one of the latest `modified` counts.
+    of another checkpoint. Earlier rows stay: those count that are without `error`, whose
+    `checkpoint` is `load(checkpoint).digest`, and whose `bytes` and `modified` are the file's now.
 
     Args:
       paths: of the files, which every worker reaches by them.
@@ -95,7 +108,11 @@ def predict_files(
     checkpoint, output = os.fspath(checkpoint), os.path.abspath(os.path.expanduser(output))
     if "://" not in checkpoint:
         checkpoint = os.path.abspath(os.path.expanduser(checkpoint))
-    done = _done(output, load(checkpoint).digest)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(_digest)
+    digest, wrong = ray.get(task.remote(checkpoint))
+    if wrong:
+        raise UserError(wrong)
+    done = _done(output, digest)
     files = [os.path.abspath(os.path.expanduser(path)) for path in dict.fromkeys(paths)]
     missing = [path for path in files if (path, *_state(path)) not in done]
     if len(missing) < len(files):
@@ -108,7 +125,7 @@ def predict_files(
         [{"path": path} for path in missing], override_num_blocks=blocks
     ).map_batches(
         _Worker,
-        fn_constructor_args=(checkpoint, batch_size),
+        fn_constructor_args=(checkpoint, batch_size, gpus),
         batch_size=batch_size,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=workers),

@@ -349,6 +349,11 @@ def train(
             if evaluate and _due(step, config.eval_every) and step < steps:
                 progress.check(step)
                 evaluate(step, model, state.network | frozen)
+        if start < steps and jax.process_count() == 1 and termination.requested():
+            checkpoints.wait()
+            raise Interrupted(
+                "stopped after the last step; the same command evaluates", termination.number
+            )
     if not steps:
         save(0)
     checkpoints.wait()

@@ -35,7 +35,8 @@ def new_images(
       existing: yield what is there at the beginning too.
       sleep: waits so many seconds.
     """
-    return _arrivals(folder, {} if existing else _states(folder), every, sleep)
+    there = {} if existing else _states(folder)
+    return _arrivals(folder, {path: state[:2] for path, state in there.items()}, every, sleep)
 
 
 def _arrivals(folder, done, every, sleep):
@@ -51,9 +52,9 @@ def _arrivals(folder, done, every, sleep):
         if trouble != before:
             logging.warning("%s", f"{trouble}: waiting" if trouble else "the folder is back")
         for path, state in sorted(now.items(), key=lambda x: x[1][1]):  # the oldest first
-            is_new = state[0] and done.get(path) != state and seen.get(path) == state
+            is_new = state[0] and done.get(path) != state[:2] and seen.get(path) == state
             if is_new and _state(path) == state:  # the ones before it took their time
-                done[path] = state
+                done[path] = state[:2]  # a link to it, or other rights, make it no new image
                 yield path
         if now:  # else the folder may be away
             done = {path: state for path, state in done.items() if path in now}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prn_jax import mesh as meshes
-from prn_jax.checkpoints import Checkpoints
+from prn_jax.checkpoints import Checkpoints, digest
 from prn_jax.errors import UserError
 from prn_jax.identity import Identity
 
@@ -40,6 +40,23 @@ def test_what_is_saved_comes_back_and_old_ones_go(tree, tmp_path):
     assert checkpoints.identity(2) == dataclasses.replace(MADE_OF, steps=2)
     assert same(checkpoints.restore_model(), tree)
     checkpoints.close()
+
+
+def test_a_network_is_known_again_by_its_arrays_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    network = {"params": {"kernel": rng.random((3, 4), np.float32)},
+               "prototypes": {"scale_0": {"maps": rng.random(5, np.float32)},
+                              "interest": {"mask": np.ones((2, 2), np.uint8)}}}  # fmt: skip
+    placed = meshes.replicate(meshes.create_mesh(), network)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, placed, {"step": placed["params"]}, MADE_OF)
+    checkpoints.wait()
+    known = digest(network)
+    assert digest(placed) == digest(checkpoints.restore_model(1)) == known
+    network["prototypes"]["interest"]["mask"][0] = 0  # may be another when it is evaluated again
+    assert digest(network) == known
+    network["params"]["kernel"][0, 0] += 1e-6
+    assert digest(network) != known
 
 
 def test_saving_what_every_device_holds_compiles_nothing(tmp_path):

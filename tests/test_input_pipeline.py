@@ -173,34 +173,29 @@ def test_without_seen_anomalies_the_simulated_ones_take_their_slots():
 
 
 def test_each_pass_shows_each_image_once():
-    import tensorflow as tf
-
     plan = input_pipeline.Plan(make_config(), num_normal=5, num_seen=3)
-    drawn = {kind: [] for kind in range(4)}
-    for slot in range(200):
-        kind, index = plan(tf.constant(slot, tf.int64))
-        drawn[int(kind)].append(int(index))
+    kinds, drawn = plan(np.arange(200))
     for kind, size in enumerate((5, 3, 5, 5)):
-        passes = [drawn[kind][i : i + size] for i in range(0, len(drawn[kind]) - size, size)]
+        images = drawn[kinds == kind]
+        passes = [images[i : i + size] for i in range(0, len(images) - size, size)]
         assert all(sorted(x) == list(range(size)) for x in passes)
         assert len({tuple(x) for x in passes}) > 1
+    later = plan(np.arange(90, 99))  # of any slots, in any order
+    np.testing.assert_array_equal(later, (kinds[90:99], drawn[90:99]))
 
 
 def test_passes_are_shuffled_anew_whatever_the_seed():
-    import tensorflow as tf
-
-    count, passes = 20, 70
+    count, passes = 60, 100
     orders = []
-    for seed in (0, 256):
+    for seed in (0, 256, -1):
         plan = input_pipeline.Plan(make_config(seed=seed), num_normal=count, num_seen=3)
-        slots = tf.range(2 * count * passes, dtype=tf.int64)  # half of them are normal
-        kinds, drawn = tf.map_fn(plan, slots, fn_output_signature=(tf.int32, tf.int64))
-        orders.append(drawn.numpy()[kinds.numpy() == 0].reshape(passes, count))
+        kinds, drawn = plan(np.arange(2 * count * passes))  # half of them are normal
+        orders.append(drawn[kinds == 0].reshape(passes, count))
     orders = np.concatenate(orders)
     assert len({x.tobytes() for x in orders}) == len(orders)
     still = (orders == np.arange(count)).sum(axis=1)  # one, on average, of a random order
-    assert still.max() < 8
-    assert 0.7 < still.mean() < 1.3
+    assert still.max() < 10
+    assert 0.8 < still.mean() < 1.2
 
 
 def test_wrong_shares_are_refused_by_name():

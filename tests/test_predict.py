@@ -48,7 +48,7 @@ def test_one_image_gives_one_map_and_one_score(detector, tmp_path):
         assert detector(given)[1] == detector(np.stack([grey] * 3, -1))[1]
 
 
-def test_several_images_in_any_form_give_the_same(detector):
+def test_several_images_in_any_form_give_the_same(detector, tmp_path):
     images = draw(5, 40, 60, 3)
     maps, scores = detector(images)
     assert maps.shape == (5, 40, 60)
@@ -63,6 +63,11 @@ def test_several_images_in_any_form_give_the_same(detector):
         np.testing.assert_array_equal(alike, scores)
     grey = draw(5, 40, 60, 1)
     assert detector(grey)[0].shape == (5, 40, 60)
+    paths = []
+    for number, image in enumerate(images):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(image).save(paths[-1])
+    np.testing.assert_array_equal(detector(np.array(paths))[1], scores)
     for nothing in ([], iter(()), images[:0]):
         assert [len(x) for x in detector(nothing)] == [0, 0]
 

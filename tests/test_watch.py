@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_an_image_is_yielded_once_it_is_complete(tmp_path):
     )
     # Complete at the third look, unchanged at the fourth; written anew at the eighth.
     assert found == [(half.name, 4), (half.name, 9)]
+
+
+def test_a_link_or_other_rights_make_no_new_image(tmp_path):
+    picture(tmp_path / "a.png")
+    found = watched(
+        tmp_path,
+        lambda: (tmp_path / "a.png").chmod(0o600),
+        lambda: os.link(tmp_path / "a.png", tmp_path / "archived"),
+        nothing,
+        nothing,
+        existing=True,
+    )
+    assert [name for name, _ in found] == ["a.png"]
 
 
 def test_what_is_there_already_is_judged_when_asked_for(tmp_path):

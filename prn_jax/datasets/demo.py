@@ -201,6 +201,11 @@ class Demo(base.AnomalyBuilder, skip_registration=True):
         )
 
     @classmethod
+    def scan(cls, category: str, manual_dir: str | os.PathLike) -> list[base.Example]:
+        """Returns none: the demo has no files but photographs."""
+        return []
+
+    @classmethod
     def _source_fingerprint(cls, folder: pathlib.Path) -> str:
         # What is drawn follows from the photograph and this file.
         code = pathlib.Path(__file__).read_bytes()

@@ -79,6 +79,8 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
     @classmethod
     def look_for_slips(cls, manual_dir: str | os.PathLike, category: str = "") -> None:
         """Raises `UserError` where a product's folder of normal images is called otherwise."""
+        if not os.fspath(manual_dir):  # not the current folder: there are no raw files
+            return
         root = pathlib.Path(os.path.expanduser(manual_dir))
         products = [root / category] if category else layout.out_of_place(root, ())
         for product in (root, *products):

@@ -248,7 +248,8 @@ def _check_names(
             f"and defects are not called so; rename it {shown(folder / 'test' / normal)}"
         )
     for stem, image in found.items():
-        if (plain := _image_of(stem, found)) is not None:
+        has_mask = any(stem + suffix in masks for suffix in suffixes)
+        if not has_mask and (plain := _image_of(stem, found)) is not None:
             mask = folder / "ground_truth" / name / f"{plain}{suffixes[0]}{image.suffix}"
             raise UserError(
                 f"{shown(image)}: is this the mask of {shown(found[plain])}? "

@@ -1,4 +1,4 @@
-"""Turns a trained network into a file for other runtimes, and checks that it computes the same.
+r"""Turns a trained network into a file for other runtimes, and checks that it computes the same.
 
     prn-jax export --checkpoint=runs/mvtec/bottle --format=onnx --output=bottle.onnx \
         --input_size=2048,2448
@@ -24,7 +24,9 @@ INPUT_SIZE = flags.DEFINE_list(
     "input_size", [], "Height,width of the images it takes; default: the network's own."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images that it takes; 0: any number.", 0)
-OPSET = flags.DEFINE_integer("opset", None, "Of ONNX; default: what jax2onnx writes.", 1)
+OPSET = flags.DEFINE_integer(
+    "opset", None, "Of onnx and openvino; default: what jax2onnx writes.", lower_bound=1
+)
 INT8 = flags.DEFINE_bool("int8", False, "8-bit convolutions, of onnx.")
 IMAGES = flags.DEFINE_string(
     "images", "", "Folder of images to compare on; default: the test images of the training."

@@ -49,7 +49,7 @@ def main(patterns: list[str]) -> None:
         names, folder = shards.select(names, number, count), shards.folder(folder, number, count)
     output = predictions.prepare(folder)
     mesh.cache_compilations()
-    detector = predict.load(CHECKPOINT.value, STEP.value)
+    detector = predict.load(CHECKPOINT.value, STEP.value, verdicts.WHITE_LEVEL.value)
     normals = explain.read(CHECKPOINT.value) if EXPLAIN.value else None
     asked = verdicts.asked(
         detector, pictures=PICTURES.value, maps=MAPS.value, explain=EXPLAIN.value

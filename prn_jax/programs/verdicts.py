@@ -1,4 +1,4 @@
-"""The flags that say from which score, pixel and distance on an alarm is given."""
+"""The flags that say what is white, and from which score, pixel and distance on it is an alarm."""
 
 from absl import flags
 
@@ -6,16 +6,29 @@ THRESHOLD = flags.DEFINE_float(
     "threshold", None, "Score from which an image is anomalous; default: the checkpoint's."
 )
 FALSE_ALARMS = flags.DEFINE_float(
-    "max_false_alarms", None, "Or: the share of normal images that may be called anomalous (0.01)."
+    "max_false_alarms",
+    None,
+    "Instead of --threshold: the share of normal images that may be called anomalous, as 0.01.",
 )
 COST_OF_MISS = flags.DEFINE_float(
-    "cost_of_miss", None, "Or: the least cost on the test images; of an anomalous one that passes,"
+    "cost_of_miss",
+    None,
+    "What an anomalous image that passes costs; with --cost_of_false_alarm, instead of "
+    "--threshold: the least cost on the test images.",
 )
 COST_OF_FALSE_ALARM = flags.DEFINE_float(
-    "cost_of_false_alarm", None, "and of a normal one that is called anomalous."
+    "cost_of_false_alarm",
+    None,
+    "What a normal image that is called anomalous costs; see --cost_of_miss.",
 )
 PIXEL_THRESHOLD = flags.DEFINE_float(
     "pixel_threshold", None, "Value from which a pixel is anomalous; default: the checkpoint's."
+)
+WHITE_LEVEL = flags.DEFINE_integer(
+    "white_level",
+    None,
+    "Grey level that is white in images of more than 8 bits, as 4095; default: as in training.",
+    lower_bound=1,
 )
 MIN_AREA = flags.DEFINE_integer(
     "min_area", 1, "Pixels of an image that an anomalous region has at least.", lower_bound=1

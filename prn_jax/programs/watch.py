@@ -38,7 +38,7 @@ def main(folders: list[str]) -> None:
     folder = pathlib.Path(os.path.expanduser(folders[0]))
     arrivals = watch.new_images(folder, every=EVERY.value, existing=EXISTING.value)
     mesh.cache_compilations()
-    detector = predict.load(CHECKPOINT.value, STEP.value)
+    detector = predict.load(CHECKPOINT.value, STEP.value, verdicts.WHITE_LEVEL.value)
     asked = verdicts.asked(detector)
     detector(np.zeros((*detector.image_size, 3), np.uint8))  # compiled before the first image
     logging.info("watching %s", shown(folder))

@@ -81,14 +81,14 @@ def check(config: ConfigDict) -> None:
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """Tells the textures that are there from others, by names and sizes; "" where none train."""
+    """Tells the textures that are there from others, by names and sizes; "" where none are."""
     source = config.synthesis.textures
-    if not config.total_steps or source == "dtd":
-        return ""
     folder = pathlib.Path(os.path.expanduser(source))
+    if not config.total_steps or source == "dtd" or not folder.is_dir():
+        return ""
     paths = _find(folder)[0] if source else _photographs()
     names = [path.relative_to(folder).as_posix() if source else path.name for path in paths]
-    sizes = [path.stat().st_size for path in paths]
+    sizes = [path.stat().st_size if path.exists() else 0 for path in paths]
     return hashlib.sha256(repr(list(zip(names, sizes))).encode("utf-8", "replace")).hexdigest()
 
 

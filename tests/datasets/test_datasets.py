@@ -317,6 +317,16 @@ def test_records_follow_the_raw_files(tmp_path, prepare, log):
         prepare("folder", "bottles")
 
 
+def test_seen_candidates_are_counted_by_names_where_names_tell(tmp_path):
+    trees.make_mvtec(tmp_path / "raw")
+    (tmp_path / "raw/bottle/ground_truth/contamination/000_mask.png").unlink()
+    assert datasets.count_anomalous("folder", "bottle", tmp_path / "raw") == (5, 4)
+    assert datasets.count_anomalous("folder", "bottle", tmp_path / "nowhere") is None
+    assert datasets.count_anomalous("demo", "gravel", "") is None
+    trees.make_kolektor_sdd2(tmp_path / "kolektor")
+    assert datasets.count_anomalous("kolektor_sdd2", "kolektor_sdd2", tmp_path / "kolektor") is None
+
+
 def test_a_renamed_folder_is_asked_about_and_not_passed_over(tmp_path, prepare):
     trees.make_mvtec(tmp_path / "raw")
     prepare("folder", "bottle")

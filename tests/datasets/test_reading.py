@@ -296,6 +296,12 @@ def test_names_that_only_sound_like_masks_are_names(cup, load):
     assert len(load().test) == 2 + 4 + 5
 
 
+def test_an_image_with_a_mask_of_its_own_is_no_mask(cup, load):
+    trees.save(cup / "test/dent/label_000.png", trees.draw(90))
+    trees.save(cup / "ground_truth/dent/label_000_mask.png", trees.draw_mask(0))
+    assert "test/dent/label_000" in load().test.id
+
+
 def test_good_images_with_black_masks_are_no_defect(cup, load):
     (cup / "test/good").rename(cup / "test/OK")
     for path in (cup / "test/OK").iterdir():
@@ -325,13 +331,14 @@ def test_copies_of_what_is_trained_on_are_not_tested_on(cup, load, warnings):
             (cup / part / "combined").mkdir(exist_ok=True)
             source = cup / part / "dent" / f"{name}{suffix}.png"
             shutil.copy(source, cup / part / "combined" / source.name)
-    shutil.copy(cup / "train/good/000.png", cup / "test/good/copy.png")
+    shutil.copy(cup / "train/good/000.png", cup / "test/good/50%_copy.png")
     data = load(num_seen=3)
     trained = {x.tobytes() for part in (data.train, data.seen) for x in part.image}
     assert not trained & {x.tobytes() for x in data.test.image}
-    assert "test/good/copy" not in data.test.id
+    assert "test/good/50%_copy" not in data.test.id
     (said,) = [x for x in warnings() if "are copies" in x]
-    assert "test/good/copy" in said
+    assert said.startswith("cup: ")
+    assert "test/good/50%_copy" in said
 
 
 def test_a_draw_that_leaves_nothing_to_test_on_is_said(load, cup, warnings):

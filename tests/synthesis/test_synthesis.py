@@ -414,6 +414,22 @@ def test_textures_come_from_a_folder_searched_recursively(tmp_path):
         textures.load_textures(str(tmp_path), (16, 24), 10, data_dir="")
 
 
+def test_textures_are_told_from_others_where_there_are_any(tmp_path):
+    config = default.get_config()
+    bundled = textures.fingerprint(config)
+    config.synthesis.textures = str(tmp_path)
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    one = textures.fingerprint(config)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert len({bundled, one, textures.fingerprint(config), ""}) == 4
+    config.synthesis.textures = str(tmp_path / "moved")  # what is trained can still be evaluated
+    assert textures.fingerprint(config) == ""
+    with pytest.raises(UserError, match="synthesis.textures=.*moved: no such folder"):
+        textures.check(config)
+    config.total_steps = 0
+    textures.check(config)
+
+
 def test_a_texture_folder_without_images_is_refused(tmp_path):
     with pytest.raises(UserError, match="synthesis.textures=.*no images"):
         textures.load_textures(str(tmp_path), (16, 24), 10, data_dir="")
