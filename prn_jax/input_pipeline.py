@@ -199,27 +199,32 @@ class Plan:
         kinds = plan_kinds(config, num_seen)
         before = np.stack([np.cumsum(kinds == kind) - (kinds == kind) for kind in range(4)])
         self._seed = config.seed
-        self._kinds, self._before = kinds, before
-        self._per_period = np.bincount(kinds, minlength=4)
+        self._kinds = tf.constant(kinds)
+        self._before = tf.constant(before, tf.int64)
+        self._per_period = tf.constant(np.bincount(kinds, minlength=4), tf.int64)
         # Extended and simulated ones are based on normal images.
         sizes = {kind: num_normal for kind in (NORMAL, EXTENDED, SIMULATED)}
         sizes[SEEN] = max(1, num_seen)
-        self._sizes = np.array([sizes[kind] for kind in range(4)])
-        self._order = functools.lru_cache(maxsize=16)(self._draw)  # a batch is of a few passes
+        self._sizes = tf.constant([sizes[kind] for kind in range(4)], tf.int64)
 
-    def __call__(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Kinds, int32 [n], and image numbers, int64 [n], of slots, int [n]."""
+    def __call__(self, slots: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Kinds, int32 [n], and image numbers, int64 [n], of slots, int64 [n]."""
         phase = slots % _PERIOD
-        kinds = self._kinds[phase]
-        counts = slots // _PERIOD * self._per_period[kinds] + self._before[kinds, phase]
-        epochs, places = np.divmod(counts, self._sizes[kinds])
-        orders = map(self._order, kinds.tolist(), epochs.tolist())
-        return kinds, np.array([x[place] for x, place in zip(orders, places)], np.int64)
+        kinds = tf.gather(self._kinds, phase)
+        before = tf.gather_nd(self._before, tf.stack([tf.cast(kinds, tf.int64), phase], axis=1))
+        counts = slots // _PERIOD * tf.gather(self._per_period, kinds) + before
+        sizes = tf.gather(self._sizes, kinds)
+        # A batch is of few passes: the order of each is drawn once.
+        passes, which = tf.unique(4 * tf.cast(counts // sizes, tf.int32) + kinds)
+        orders = tf.map_fn(self._order, passes)
+        places = tf.stack([which, tf.cast(counts % sizes, tf.int32)], axis=1)
+        return kinds, tf.cast(tf.gather_nd(orders, places), tf.int64)
 
-    def _draw(self, kind: int, epoch: int) -> np.ndarray:
-        """The order of a pass over a kind's images."""
-        numbers = tf.random.stateless_uniform([self._sizes[kind]], [self._seed, 4 * epoch + kind])
-        return tf.argsort(numbers).numpy()
+    def _order(self, number: tf.Tensor) -> tf.Tensor:
+        """The order of one pass over a kind's images, 4 * pass + kind; padded to the longest."""
+        size = self._sizes[number % 4]
+        order = tf.argsort(tf.random.stateless_uniform([size], tf.stack([self._seed, number])))
+        return tf.pad(order, [[0, tf.reduce_max(self._sizes) - size]])
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -270,21 +275,17 @@ def train_batches(
         image, mask = make(kind, index, slot)
         return {"image": image, "mask": mask, "kind": kind}
 
-    def planned() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for step in range(start_step, total_steps):
-            first = step * config.batch_size + process_index * local
-            slots = np.arange(first, first + local)
-            yield slots, *plan(slots)
+    @tf.autograph.experimental.do_not_convert
+    def planned(step: tf.Tensor) -> tf.data.Dataset:
+        slots = step * config.batch_size + process_index * local + tf.range(local, dtype=tf.int64)
+        return tf.data.Dataset.from_tensor_slices((slots, *plan(slots)))
 
-    types = (tf.int64, tf.int32, tf.int64)
-    steps = tf.data.Dataset.from_generator(
-        planned, output_signature=tuple(tf.TensorSpec([local], x) for x in types)
-    )
+    steps = tf.data.Dataset.range(start_step, total_steps)
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.ram_budget = 512 * 2**20
     batches = (
-        steps.unbatch()
+        steps.flat_map(planned)
         .map(sample, num_parallel_calls=parallel_calls, deterministic=True)
         .batch(local, drop_remainder=True)
         .prefetch(4)

@@ -174,7 +174,7 @@ def test_without_seen_anomalies_the_simulated_ones_take_their_slots():
 
 def test_each_pass_shows_each_image_once():
     plan = input_pipeline.Plan(make_config(), num_normal=5, num_seen=3)
-    kinds, drawn = plan(np.arange(200))
+    kinds, drawn = (x.numpy() for x in plan(np.arange(200)))
     for kind, size in enumerate((5, 3, 5, 5)):
         images = drawn[kinds == kind]
         passes = [images[i : i + size] for i in range(0, len(images) - size, size)]
@@ -189,7 +189,8 @@ def test_passes_are_shuffled_anew_whatever_the_seed():
     orders = []
     for seed in (0, 256, -1):
         plan = input_pipeline.Plan(make_config(seed=seed), num_normal=count, num_seen=3)
-        kinds, drawn = plan(np.arange(2 * count * passes))  # half of them are normal
+        slots = np.arange(2 * count * passes)  # half of them are normal
+        kinds, drawn = (x.numpy() for x in plan(slots))
         orders.append(drawn[kinds == 0].reshape(passes, count))
     orders = np.concatenate(orders)
     assert len({x.tobytes() for x in orders}) == len(orders)
