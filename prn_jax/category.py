@@ -132,13 +132,13 @@ def _train(
     try:
         board.write_config(writer, config)
         identity = training.resumable(checkpoints, identity, allow)
-        if meshes.is_main():  # it is of what was there before
-            (folder / "results.json").unlink(missing_ok=True)
-        resumed, parts = checkpoints.latest_step() is not None, (data.train, data.seen, data.test)
-        meshes.from_main(
-            "the record of what is trained on",
-            lambda: trained_on.remember(checkpoints.folder, *parts, resumed),
-        )
+        resumed = checkpoints.latest_step() is not None
+
+        def record():
+            trained_on.remember(checkpoints.folder, data.train, data.seen, data.test, resumed)
+            (folder / "results.json").unlink(missing_ok=True)  # it is of what was before
+
+        meshes.from_main("the record of what is trained on", record)
         return training.train(
             config,
             data.train.image,

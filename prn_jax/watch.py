@@ -44,11 +44,12 @@ def _arrivals(folder, done, every, sleep):
     seen: dict[pathlib.Path, _State] = {}
     trouble = ""
     while True:
+        before = trouble
         try:
-            now, before = _states(folder), trouble
+            now = _states(folder)
             trouble = "" if now or folder.is_dir() else f"{shown(folder)} is away"
         except (OSError, UserError) as error:  # a share has its moments
-            now, before, trouble = {}, trouble, str(error)
+            now, trouble = {}, str(error)
         if trouble != before:
             logging.warning("%s", f"{trouble}: waiting" if trouble else "the folder is back")
         for path, state in sorted(now.items(), key=lambda x: x[1][1]):  # the oldest first
