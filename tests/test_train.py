@@ -1,4 +1,5 @@
 import functools
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from configs import default
 from prn_jax import fitting, train
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
-from prn_jax.errors import UserError
+from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import Identity, as_dict
 from tests import tiny
 
@@ -250,6 +251,22 @@ def test_a_finished_run_only_loads(images, tmp_path, uninterrupted):
     again = run(small_config(), images, tmp_path)
     assert again.timing["train_steps"] == 0
     assert_same(again.variables, uninterrupted.variables, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_stop_while_the_last_step_is_saved_is_a_stop(images, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def stopped(checkpoints, step, *parts):
+        save(checkpoints, step, *parts)
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", stopped)
+    with pytest.raises(Interrupted, match="stopped after the last step") as stop:
+        run(small_config(), images, tmp_path)
+    assert stop.value.number == signal.SIGTERM
+    assert run(small_config(), images, tmp_path).timing["train_steps"] == 0
 
 
 @pytest.mark.slow
