@@ -185,6 +185,8 @@ def load(
         raise UserError(
             f"no checkpoint at {shown(checkpoint)}: give <workdir>/<category> of a training"
         )
+    if "://" not in os.fspath(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{shown(folder)} may not be read: Permission denied")
     with _without_orbax_warnings():
         checkpoints = Checkpoints(folder, read_only=True)
         try:
