@@ -7,6 +7,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from prn_jax.errors import UserError
+from prn_jax.fields import spares_prototypes
 
 _KINDS = ("seen", "extended", "simulated")
 
@@ -23,15 +24,11 @@ def variations(config: ConfigDict) -> dict[str, dict[str, str]]:
     """
     if config.total_steps == 0:
         raise UserError("--ablations: with total_steps=0 no part is trained")
-    memory = config.memory
-    # Without them a memory of some of the scales is refused, see `fields`.
-    whole = config.prototypes.enabled and (
-        not memory.patches or memory.window or len(memory.scales) == 3
-    )
+    without_prototypes = config.prototypes.enabled and spares_prototypes(config.memory)
     # Without seen anomalies all slots are simulated ones.
     kinds = [kind for kind in _KINDS if config.num_seen and config.sampling[kind]]
     fields = {
-        "prototypes": {"prototypes.enabled": "False"} if whole else None,
+        "prototypes": {"prototypes.enabled": "False"} if without_prototypes else None,
         "attention": {"attention.layers": "0"} if config.attention.layers else None,
         "fusion": {"fusion.enabled": "False"} if config.fusion.enabled else None,
         **{

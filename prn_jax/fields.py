@@ -86,8 +86,7 @@ def checked(config: ConfigDict) -> ConfigDict:
             "total_steps"
         )
     _check_memory(config.memory)
-    alone = config.memory.patches and not (config.prototypes.enabled or config.memory.window)
-    if alone and config.total_steps and len(config.memory.scales) < 3:
+    if config.total_steps and not (config.prototypes.enabled or spares_prototypes(config.memory)):
         raise UserError(
             f"memory.scales={tuple(config.memory.scales)}: without prototypes "
             "(prototypes.enabled=False) a network takes all scales or none; give (1,2,3), or "
@@ -150,6 +149,11 @@ def _check_some(field: str, values: Sequence[int], choices: tuple[int, ...]) -> 
     if not values or not whole or not set(values) <= {*choices} or len(set(values)) < len(values):
         names = ", ".join(map(str, choices))
         raise UserError(f"{field}={tuple(values)}: give some of {names}, each once")
+
+
+def spares_prototypes(memory: ConfigDict) -> bool:
+    """Whether a network without prototypes has residuals of all scales or of none, as it must."""
+    return not memory.patches or bool(memory.window) or len(memory.scales) == 3
 
 
 def _check_memory(memory: ConfigDict) -> None:

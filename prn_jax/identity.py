@@ -151,8 +151,10 @@ class Identity:
         if self.steps >= 0 and self.steps != other.steps:
             length = [changed[name] for name in ("epochs", "total_steps") if name in changed]
             found += length or [f"its steps were {self.steps}, are {other.steps}"]
-        compared = changed.keys() - ({"dtype"} if types_known else set())
-        return found + [changed[x] for x in changed if x in compared and not _is_free(x)]
+        told = ("dtype",) if types_known else ()
+        return found + [
+            text for name, text in changed.items() if name not in told and not _is_free(name)
+        ]
 
     def check(
         self, other: "Identity", where: str, step: int = 0, allow: bool = False

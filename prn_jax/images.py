@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import pathlib
 from collections.abc import Iterable
 
@@ -143,6 +144,18 @@ def _identity(folder: pathlib.Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def state(path: str | os.PathLike) -> tuple[int, int, int] | None:
+    """What a file is now: its size in bytes, and its content's and its entry's times of change, ns.
+
+    None where there is none. Cameras without a clock, and copies, repeat the content's time.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def describe_skipped(paths: list[pathlib.Path]) -> str:
     """Counts and names what `find_images` skipped, with the reasons: one line."""
     reasons: dict[str, list[pathlib.Path]] = {}
@@ -171,7 +184,26 @@ def read_picture(path: pathlib.Path, erase: bool = False) -> Picture:
     Raises:
       UserError: the file is unreadable, truncated, or its pixels are out of range.
     """
-    return _read(path, erase)
+    try:
+        if not path.is_file():
+            what = "a link that leads nowhere" if path.is_symlink() else "no such file"
+            raise UserError("not a file" if path.exists() else what)
+        data = path.read_bytes()
+        if not data:
+            raise ValueError("the file is empty")
+        image = Image.open(io.BytesIO(data), formats=_formats())
+        levels = _levels(data, image, erase)
+        return Picture(
+            levels, data, _is_plain(data, image), _pages(image), deep.declared(data, image)
+        )
+    except MemoryError as error:
+        raise UserError(f"{shown(path)}: does not fit into memory") from error
+    except UserError as error:
+        raise UserError(f"{shown(path)}: {error}") from None
+    except Exception as error:  # Pillow raises SyntaxError, ValueError, struct.error and more.
+        raise UserError(
+            f"{shown(path)}: not a readable image ({_reason(error)}); replace or remove the file"
+        ) from error
 
 
 def is_deep(path: pathlib.Path) -> bool:
@@ -277,29 +309,6 @@ def to_uint8(levels: np.ndarray, white: int = 0) -> np.ndarray:
 
 def _rgb(array: np.ndarray) -> np.ndarray:
     return np.stack([array] * 3, axis=-1) if array.ndim == 2 else array
-
-
-def _read(path: pathlib.Path, erase: bool) -> Picture:
-    try:
-        if not path.is_file():
-            what = "a link that leads nowhere" if path.is_symlink() else "no such file"
-            raise UserError("not a file" if path.exists() else what)
-        data = path.read_bytes()
-        if not data:
-            raise ValueError("the file is empty")
-        image = Image.open(io.BytesIO(data), formats=_formats())
-        levels = _levels(data, image, erase)
-        return Picture(
-            levels, data, _is_plain(data, image), _pages(image), deep.declared(data, image)
-        )
-    except MemoryError as error:
-        raise UserError(f"{shown(path)}: does not fit into memory") from error
-    except UserError as error:
-        raise UserError(f"{shown(path)}: {error}") from None
-    except Exception as error:  # Pillow raises SyntaxError, ValueError, struct.error and more.
-        raise UserError(
-            f"{shown(path)}: not a readable image ({_reason(error)}); replace or remove the file"
-        ) from error
 
 
 def _reason(error: Exception) -> str:

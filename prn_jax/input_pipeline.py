@@ -13,10 +13,10 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
 
-from prn_jax import datasets, disk, trained_on
+from prn_jax import datasets, disk
 from prn_jax.datasets.roi import from_text
-from prn_jax.errors import UserError, shown_first
-from prn_jax.splits import Images, check_num_seen, read_split, within
+from prn_jax.errors import UserError
+from prn_jax.splits import Images, check_num_seen, leave_out, read_split, within
 from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
 from prn_jax.synthesis.textures import prepare_dtd
@@ -121,9 +121,12 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     normal = normal.select([x not in held_out for x in normal.id])
     drawn = source.select([x in seen for x in source.id])
     test = test.select([x not in seen for x in test.id]) if source is test else test
-    known = {trained_on.digest(image) for x in (normal, drawn) for image in x.image}
-    test = _without_copies(test, known, category, "test images")
-    held = _without_copies(held, known, category, "normal images held out")
+    known = {*normal.digests, *drawn.digests}
+    copies = "are copies of images that are trained on"
+    test, held = (
+        leave_out(images, [x in known for x in images.digests], f"{what} {copies}", f"{category}: ")
+        for images, what in ((test, "test images"), (held, "normal images held out"))
+    )
     if len(drawn) and not test.label.any():
         logging.warning(
             "%s: no anomalous images are left to test on: lower num_seen (%d) to keep some",
@@ -145,18 +148,6 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
         fingerprint=builder.fingerprint or "",
         roi=roi,
     )
-
-
-def _without_copies(images: Images, known: set[str], category: str, what: str) -> Images:
-    """Leaves out what has the pixels of an image that is trained on, and says it."""
-    copies = [trained_on.digest(image) in known for image in images.image]
-    names = [id_ for id_, copy in zip(images.id, copies) if copy]
-    if names:
-        logging.warning(
-            "%s: %d of %d %s are copies of images that are trained on, and are left out: %s",
-            category, len(names), len(images), what, shown_first(names),
-        )  # fmt: skip
-    return images.select(~np.array(copies, bool))
 
 
 # --- the plan -------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from etils import epath
 
 from prn_jax import disk, evaluate, images, pictures, results, thresholds, trained_on
 from prn_jax.datasets import layout
-from prn_jax.errors import UserError, shown, shown_first
+from prn_jax.errors import UserError, shown
 from prn_jax.identity import as_dict
 from prn_jax.masks import resize_mask
 from prn_jax.predict import Detector
-from prn_jax.splits import Images, read_split, say_unmarked, within
+from prn_jax.splits import Images, leave_out, read_split, say_unmarked, within
 
 Evaluation = dict[str, Any]
 
@@ -100,16 +100,11 @@ def leave_out_trained(found: Images, detector: Detector) -> Images:
         )
         trained = [x in seen or x.startswith("train/") for x in found.id]
     else:
-        trained = [trained_on.digest(image) in known for image in found.image]
-    left_out = [x for x, out in zip(found.id, trained) if out]
-    if left_out:
-        logging.warning(
-            "%d of %d images were trained on and are left out: %s",
-            len(left_out), len(found), shown_first(left_out),
-        )  # fmt: skip
-    if len(left_out) == len(found):
+        trained = [digest in known for digest in found.digests]
+    left = leave_out(found, trained, "images were trained on")
+    if not len(left):
         raise UserError("all these images were trained on: give others to judge the network on")
-    return found.select(~np.array(trained, bool))
+    return left
 
 
 # --- the judgement --------------------------------------------------------------------------------

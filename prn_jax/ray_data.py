@@ -139,11 +139,7 @@ def predict_files(
 
 def _state(path: str) -> tuple[int, int]:
     """Size in bytes and time of change; zeros where there is no file, which its reader says."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+    return (images.state(path) or (0, 0, 0))[:2]
 
 
 def _done(output: str, digest: str) -> set[tuple[str, int, int]]:

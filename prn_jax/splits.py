@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -51,6 +52,11 @@ class Images:
         """Whether the pixels can be judged, bool [n], see `metrics.judgeable`."""
         return judgeable(self.label, self.mask)
 
+    @functools.cached_property
+    def digests(self) -> list[str]:
+        """Tell the images' pixels from others', whatever the files are called."""
+        return [hashlib.sha256(np.ascontiguousarray(image)).hexdigest() for image in self.image]
+
     def select(self, chosen: Sequence[bool]) -> "Images":
         """Those whose entry is true."""
         return self.pick(np.flatnonzero(np.asarray(chosen, bool)))
@@ -82,6 +88,17 @@ def say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
             "ones",
             category, what % len(ids), shown_first(ids),
         )  # fmt: skip
+
+
+def leave_out(images: Images, out: Sequence[bool], what: str, whose: str = "") -> Images:
+    """Those whose entry is false; names the others, of which `what` says why."""
+    names = [id_ for id_, is_out in zip(images.id, out) if is_out]
+    if names:
+        logging.warning(
+            "%s%d of %d %s and are left out: %s",
+            whose, len(names), len(images), what, shown_first(names),
+        )  # fmt: skip
+    return images.select(~np.array(out, bool))
 
 
 def check_num_seen(num_seen: int, category: str, there: int, usable: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
-from prn_jax import disk, regions
+from prn_jax import disk, images, regions
 from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector, Inspection
 
@@ -82,15 +82,9 @@ def beside(stem: pathlib.Path, ending: str) -> pathlib.Path:
 
 
 def key(path: pathlib.Path) -> Key | None:
-    """What tells an image from others and from what its file was before; taken before it is read.
-
-    The time of the entry's change, too: cameras without a clock and copies repeat the other.
-    """
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    """What tells an image from others and its file from what it was; taken before it is read."""
+    state = images.state(path)
+    return state and (os.path.abspath(path), *state)
 
 
 def holds(row: Row, output: pathlib.Path, name: str, asked: Asked) -> bool:

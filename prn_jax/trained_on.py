@@ -3,10 +3,8 @@
 By its pixels an image is known again in another folder and under another name.
 """
 
-import hashlib
 import json
 
-import numpy as np
 from etils import epath
 
 from prn_jax import disk
@@ -14,11 +12,6 @@ from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.splits import Images
 
 _FILE = "trained_on.json"
-
-
-def digest(image: np.ndarray) -> str:
-    """Tells an image, uint8 [h, w, 3] at the network's size, from others."""
-    return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
 
 
 def remember(
@@ -36,11 +29,11 @@ def remember(
     Raises:
       UserError: images that only the earlier part was trained on are to be tested on.
     """
-    found = {digest(image): id_ for x in (trained, seen) for image, id_ in zip(x.image, x.id)}
+    found = dict(zip(trained.digests + seen.digests, trained.id + seen.id))
     before = (recall(folder) or {}) if resumed else {}
     moved = before.keys() - found.keys()
-    each = zip(tested.image, tested.id) if moved else ()
-    leaked = [id_ for image, id_ in each if digest(image) in moved]
+    each = zip(tested.digests, tested.id) if moved else ()
+    leaked = [id_ for digest, id_ in each if digest in moved]
     if leaked:
         raise UserError(
             f"the training so far has had {shown_first(leaked, 3)} among its images, which would "

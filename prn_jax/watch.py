@@ -1,6 +1,5 @@
 """A folder that a camera writes to: what is new and complete in it, and what a network says."""
 
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ def _arrivals(folder, done, every, sleep):
             logging.warning("%s", f"{trouble}: waiting" if trouble else "the folder is back")
         for path, state in sorted(now.items(), key=lambda x: x[1][1]):  # the oldest first
             is_new = state[0] and done.get(path) != state[:2] and seen.get(path) == state
-            if is_new and _state(path) == state:  # the ones before it took their time
+            if is_new and images.state(path) == state:  # the ones before it took their time
                 done[path] = state[:2]  # a link to it, or other rights, make it no new image
                 yield path
         if now:  # else the folder may be away
@@ -65,17 +64,8 @@ def _arrivals(folder, done, every, sleep):
 
 def _states(folder: pathlib.Path) -> dict[pathlib.Path, _State]:
     """The state of each image file that is there."""
-    states = {path: _state(path) for path in images.find_images(folder)[0]}
+    states = {path: images.state(path) for path in images.find_images(folder)[0]}
     return {path: state for path, state in states.items() if state}
-
-
-def _state(path: pathlib.Path) -> _State | None:
-    """Size in bytes, and times of change of the content and of the entry; None: it is gone."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def verdict(

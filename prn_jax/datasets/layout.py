@@ -19,7 +19,7 @@ _NORMAL_NAMES = (
     *("good", "goods", "ok", "okay", "normal", "normals", "nominal", "pass", "passed", "fine"),
     *("nondefective", "defectfree", "nodefect", "nodefects", "faultfree", "clean", "negative"),
 )
-# What is put behind an image's name to name its mask.
+# What is put before or behind an image's name to name its mask.
 _WORD = "(mask|gt|label|groundtruth|ground_truth|seg|annotation)"
 _MASK_WORD = re.compile(rf"^{_WORD}[-_. ]|[-_. ]?{_WORD}$", re.I)
 # What folders of masks beside folders of images are called.
@@ -261,11 +261,14 @@ def _image_of(stem: str, found: dict[str, pathlib.Path]) -> str | None:
     """The image whose mask, by its name, is among the images; None where it is no mask."""
     above, _, last = stem.rpartition("/")
     plain = _MASK_WORD.sub("", last)
-    beside = above.rpartition("/")[0]
-    inside = _MASK_FOLDER.match(above.rpartition("/")[2])
-    likely = [f"{above}/{plain}" if above else plain] if plain != last else []
-    if inside:
-        likely += [f"{beside}/{plain}" if beside else plain]
-        likely += [x for x in found if x.count("/") == stem.count("/") and x != stem
-                   and x.endswith(f"/{plain}") and x.startswith(beside)]  # fmt: skip
-    return next((x for x in likely if x in found and x != stem), None)
+    same_folder = f"{above}/{plain}" if above else plain
+    if plain != last and same_folder in found:
+        return same_folder
+    beside, _, folder = above.rpartition("/")
+    if not _MASK_FOLDER.match(folder):
+        return None
+    for other in found:  # beside the folder of masks, or in another folder beside it
+        place, _, name = other.rpartition("/")
+        if name == plain and place != above and beside in (place, place.rpartition("/")[0]):
+            return other
+    return None
