@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     # Normal images that prototypes and memory are made of, at most, evenly spread over all: bounds
     # the memory for it (three times the feature maps of one scale, 1 MB an image at 256x256 for
     # ResNet-18) and, by the ratio, the prototypes (1.8 MB each). Ours; PRNet takes all, which
-    # are fewer in every benchmark but KolektorSDD2 (2085).
+    # are no more in every benchmark but KolektorSDD2 (2085).
     config.prototypes.max_images = 1000
     # Lloyd iterations of k-means, at most; it stops when no assignment changes. Ours
     # (scikit-learn's, which PRNet uses, stops at 300).
@@ -125,7 +125,8 @@ def get_config() -> ConfigDict:
     # --- training ------------------------------------------------------------------------------
     # Images per step over all devices and hosts. PRNet: 48; ours divides among more devices.
     config.batch_size = 64
-    # Passes over the normal images: steps = epochs * N // (batch_size * normal share). PRNet: 700.
+    # Passes over the normal images: steps = epochs * N // round(batch_size * normal share).
+    # PRNet: 700.
     config.epochs = 700
     # Steps, whatever `epochs` says; -1: as many as `epochs` says; 0: nothing is trained, and the
     # map is the distance to the nearest of `memory.patches`: an answer within a minute or so.

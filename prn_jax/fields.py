@@ -37,6 +37,7 @@ _SYNTHESIS = (
             "shift",
             "simulated_contrast",
             "softness",
+            "visible_change",
         ),
         lambda x: x >= 0,
         "0 or more",
@@ -74,7 +75,7 @@ def checked(config: ConfigDict) -> ConfigDict:
         "decoder.width": config.decoder.width,
     }
     for field, value in positive.items():
-        if value <= 0:
+        if not value > 0:
             raise UserError(f"{field}={value}: give a number greater than 0")
     if config.total_steps < -1:
         raise UserError(f"total_steps={config.total_steps}: give -1, 0 or more")
@@ -102,7 +103,27 @@ def checked(config: ConfigDict) -> ConfigDict:
         raise UserError(f"decoder.stride={config.decoder.stride}: give 1, 2 or 4")
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
-    shares = {"data.holdout": config.data.holdout, "optimizer.warmup": config.optimizer.warmup}
+    not_negative = {
+        "attention.layers": config.attention.layers,
+        "loss.dice_weight": config.loss.dice_weight,
+        "loss.focal_gamma": config.loss.focal_gamma,
+        "loss.focal_weight": config.loss.focal_weight,
+        "optimizer.clip": config.optimizer.clip,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "num_seen": config.num_seen,
+    }
+    for field, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"{field}={value}: give 0 or more")
+    if not 0 < config.prototypes.ratio <= 1:
+        raise UserError(f"prototypes.ratio={config.prototypes.ratio}: give a share, 1 at most")
+    if not 0 <= config.loss.focal_alpha <= 1:
+        raise UserError(f"loss.focal_alpha={config.loss.focal_alpha}: give a share from 0 to 1")
+    shares = {
+        "data.holdout": config.data.holdout,
+        "optimizer.warmup": config.optimizer.warmup,
+        "optimizer.average": config.optimizer.average,
+    }
     for field, value in shares.items():
         if not 0 <= value < 1:
             raise UserError(f"{field}={value}: give a share from 0 to below 1")
@@ -111,10 +132,10 @@ def checked(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"thresholds.false_alarms={config.thresholds.false_alarms}: give shares between 0 and 1"
         )
-    if config.num_seen < 0:
-        raise UserError(f"num_seen={config.num_seen}: give 0 or more")
-    if not 0 <= config.split_seed < 2**32:
-        raise UserError(f"split_seed={config.split_seed}: give 0 to {2**32 - 1}")
+    # TensorFlow's draws take 31 bits of a seed, NumPy's 32.
+    for field, bits in (("seed", 31), ("split_seed", 32)):
+        if not 0 <= config[field] < 2**bits:
+            raise UserError(f"{field}={config[field]}: give 0 to {2**bits - 1}")
     _check_some("attention.scales", config.attention.scales, (1, 2, 3))
     if not config.attention.divisions or not all(
         isinstance(x, int) and x >= 1 for x in config.attention.divisions

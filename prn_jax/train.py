@@ -75,7 +75,10 @@ def total_steps(config: ConfigDict, num_normal: int) -> int:
 
 
 def create_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up of at least a step, if there is one; then a cosine to 0 at the last step."""
+    """Linear warm-up of at least a step, if there is one; then a cosine to 0 after the last step.
+
+    The first step of a warm-up has the rate 0: it fills the optimiser's moments only.
+    """
     share = config.optimizer.warmup
     if not share:
         return optax.cosine_decay_schedule(config.optimizer.learning_rate, max(1, steps))

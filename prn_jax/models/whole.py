@@ -37,8 +37,8 @@ class WholeImage(nn.Module):
     """Descriptors -> distance from the nearest of the normal images' `centres`.
 
     In the variables `centres`, [k, d], and `spread`, [d], of the collection `prototypes`. The unit
-    is the mean distance of the training images: 1 is as normal images are. Without them (a
-    checkpoint of an earlier version) it is 0.
+    is about the root mean square distance of the training images: 1 is as normal images are.
+    Without them (a checkpoint of an earlier version) it is 0.
 
     Attributes:
       num_centres: k.

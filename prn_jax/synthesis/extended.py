@@ -136,10 +136,13 @@ class Extend:
         angle = tf.where(spatial, draws.uniform(0.0, 2.0 * math.pi), 0.0)
         scale = tf.where(spatial, draws.uniform(*config.extended_scale), 1.0)
         flip = tf.where(spatial & draws.chance(0.5), -1.0, 1.0)
-        moved = augment.warp(
-            tf.concat([source, region], -1), angle, scale, self._centres[piece], point, flip
-        )
-        content, weight = moved[..., :3], tf.cast(moved[..., 3], tf.float32) / 255.0
+
+        def place(x, mirror):
+            return augment.warp(x, angle, scale, self._centres[piece], point, flip, mirror)
+
+        # Beyond the seen image's edge there is no region, but no black either that fades into it.
+        content = place(source, True)
+        weight = tf.cast(place(region, False)[..., 0], tf.float32) / 255.0
         jitter = draws.chance(config.extended_colour)
         gain, offset = draws.uniform(0.8, 1.2), draws.uniform(-30.0, 30.0)
         content = tf.cond(

@@ -214,6 +214,19 @@ def rectangle(rows, columns):
     return mask
 
 
+def test_a_turned_piece_from_the_edge_has_no_dark_line(plain_paste):
+    plain_paste.extended_spatial = 1.0
+    source = np.full((32, 32, 3), 200, np.uint8)
+    masks = [rectangle((0, 7), (9, 22))]
+    darkest = []
+    for number in range(20):
+        # What is pasted fades into what is below, which is brighter.
+        image = np.full((32, 32, 3), 250, np.uint8)
+        made, where = paste(plain_paste, [source], masks, ["a"], number, image)
+        darkest.append(made[where].min(initial=255))
+    assert min(darkest) == 200
+
+
 def test_a_region_that_does_not_show_is_drawn_anew(plain_paste):
     plain_paste.max_pastes = 3
     rng = np.random.default_rng(0)
