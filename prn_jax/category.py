@@ -138,7 +138,6 @@ def _train(
             trained_on.remember(checkpoints.folder, data.train, data.seen, data.test, resumed)
             (folder / "results.json").unlink(missing_ok=True)  # it is of what was before
 
-        meshes.from_main("the record of what is trained on", record)
         return training.train(
             config,
             data.train.image,
@@ -151,6 +150,7 @@ def _train(
             actions=board.profile(config, folder, identity.steps),
             evaluate=evaluate_during,
             roi=data.roi,
+            begun=lambda: meshes.from_main("the record of what is trained on", record),
         )
     finally:
         checkpoints.close()

@@ -171,7 +171,7 @@ class Checkpoints:
 def digest(network: Tree) -> str:
     """Tells a network's arrays, as `Checkpoints.restore_model` gives them, from another's.
 
-    Without the region of interest, which may change when a finished run is evaluated again.
+    Without the region of interest, which stays as it was when they were fitted.
     """
     found = hashlib.sha256()
     prototypes = {name: x for name, x in network["prototypes"].items() if name != "interest"}

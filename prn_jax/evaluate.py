@@ -195,7 +195,8 @@ def stitched(model: PRN, variables: Tree, image: jax.Array) -> tuple[jax.Array, 
         return jax.nn.sigmoid(logits), distances
     interest = jnp.asarray(_interest(model, variables))
     masks = tiling.cut(interest[None])
-    weights = jnp.mean(masks, axis=(1, 2), dtype=jnp.float32)
+    # ONNX has no mean of uint8.
+    weights = jnp.mean(masks.astype(jnp.float32), axis=(1, 2))
     # Not by `broadcast_to`: some exports know no shape that holds a batch of any size.
     ones = image[:, :1, :1, 0] * 0 + 1
     counts = (masks[None] * ones[:, None]).reshape(-1, *tiling.tile)

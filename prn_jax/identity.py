@@ -35,6 +35,20 @@ FREE_FIELDS = (
     "thresholds",
     "total_steps",
 )
+# Fields that make a checkpoint's network another one: it is not gone on with.
+_NETWORK_FIELDS = (
+    "attention",
+    "backbone.doublings",
+    "backbone.name",
+    "backbone.train_stage4",
+    "decoder",
+    "fusion",
+    "image_size",
+    "memory",
+    "prototypes.enabled",
+    "tile_overlap",
+    "tiles",
+)
 # What a field amounted to before there was one.
 _BEFORE = {
     "attention.scales": [1, 2, 3],
@@ -142,19 +156,25 @@ class Identity:
         types_known = bool(self.dtype and other.dtype)
         if types_known and self.dtype != other.dtype:
             found.append(f"it was computed in {self.dtype}, is in {other.dtype} (dtype says which)")
-        old, new = (_BEFORE | _flatten(x.config) for x in (self, other))
-        changed = {
-            name: f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name, "absent") != new.get(name, "absent")
-        }
+        changed = self._changed(other)
         if self.steps >= 0 and self.steps != other.steps:
             length = [changed[name] for name in ("epochs", "total_steps") if name in changed]
             found += length or [f"its steps were {self.steps}, are {other.steps}"]
         told = ("dtype",) if types_known else ()
         return found + [
-            text for name, text in changed.items() if name not in told and not _is_free(name)
+            text
+            for name, text in changed.items()
+            if name not in told and not _is_one(name, FREE_FIELDS)
         ]
+
+    def _changed(self, other: "Identity") -> dict[str, str]:
+        """The fields that differ, each with what it was and is."""
+        old, new = (_BEFORE | _flatten(x.config) for x in (self, other))
+        return {
+            name: f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name, "absent") != new.get(name, "absent")
+        }
 
     def check(
         self, other: "Identity", where: str, step: int = 0, allow: bool = False
@@ -189,6 +209,11 @@ class Identity:
             raise UserError(
                 f"{text}: what answers without training holds no network to train, nor the other "
                 "way round. Give another --workdir"
+            )
+        if any(_is_one(name, _NETWORK_FIELDS) for name in self._changed(other)):
+            raise UserError(
+                f"{text}: its network would be another one. Set the fields back, or give another "
+                "--workdir"
             )
         if 0 <= other.steps < step:
             raise UserError(
@@ -227,7 +252,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in fields.items()
-        if name in lengths or not (name in seeds or _is_free(name))
+        if name in lengths or not (name in seeds or _is_one(name, FREE_FIELDS))
     }
 
 
@@ -241,8 +266,9 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
+def _is_one(name: str, fields: tuple[str, ...]) -> bool:
+    """Whether a field is one of those, or in a group of them."""
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 LOCK = ".lock"  # the name of the file by which a folder is held

@@ -95,7 +95,9 @@ def why_skipped(path: pathlib.Path) -> str:
 
 
 def find_images(
-    folder: pathlib.Path, besides: Iterable[str] = ()
+    folder: pathlib.Path,
+    besides: Iterable[str] = (),
+    closed: list[pathlib.Path] | None = None,
 ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
     """Finds all image files below a folder.
 
@@ -104,13 +106,14 @@ def find_images(
     Args:
       folder: where to look; where it does not exist both lists are empty.
       besides: names of subfolders, right in `folder`, that are left out.
+      closed: gets the subfolders that cannot be read, which are left out then.
 
     Returns:
       The image files, and what was skipped: files that are none, hidden folders (as a whole), and
       links to folders that were read already; both sorted.
 
     Raises:
-      UserError: a folder can't be read.
+      UserError: a folder can't be read, `folder` itself where `closed` is given.
     """
     if not folder.is_dir():
         return [], []
@@ -129,7 +132,10 @@ def find_images(
         except FileNotFoundError:
             continue  # gone since it was listed
         except OSError as error:
-            raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+            if closed is None or path == folder:
+                raise UserError(f"{shown(path)}: cannot be read: {error.strerror}") from error
+            closed.append(path)
+            continue
         for entry in entries:
             reason = why_skipped(entry)
             if reason == "a folder":

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from prn_jax import disk, evaluate, images, pictures, results, thresholds, trained_on
+from prn_jax.checkpoints import check_outside
 from prn_jax.datasets import layout
 from prn_jax.errors import UserError, shown
 from prn_jax.identity import as_dict
@@ -205,6 +207,22 @@ def _share(chosen: np.ndarray) -> float | None:
 
 
 # --- what is written ------------------------------------------------------------------------------
+
+
+def prepare(output: str | os.PathLike) -> None:
+    """Makes the folder of what `write` writes.
+
+    Raises:
+      UserError: it cannot be made or written to, or lies among a run's checkpoints.
+    """
+    check_outside(output, "--output")
+    folder = epath.Path(os.path.expanduser(output))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if "://" not in os.fspath(folder):
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to --output={shown(output)}: {error.strerror}") from error
 
 
 def write(output: epath.PathLike, evaluation: Evaluation, sheet: Callable) -> epath.Path:

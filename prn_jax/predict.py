@@ -181,7 +181,7 @@ def load(
     if "://" not in os.fspath(folder):
         folder = folder.resolve()
     folder = folder_of(folder)
-    if not folder.exists():
+    if not folder.is_dir():
         raise UserError(
             f"no checkpoint at {shown(checkpoint)}: give <workdir>/<category> of a training"
         )

@@ -106,7 +106,7 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
     """Runs a program whose flags are defined, and exits.
 
     The status is 0; 1 after one line that says what to mend; 143 after SIGTERM and 130 after
-    Ctrl-C, as job systems expect.
+    Ctrl-C, as job systems expect; 141 where nobody reads what is printed.
 
     Args:
       main: called when the flags are parsed: without arguments, or with the list of those that
@@ -119,6 +119,7 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    _open_streams()
     if _wants_help(sys.argv[1:]):
         print(_help(sys.modules[main.__module__]))
         sys.exit()
@@ -129,6 +130,22 @@ def run(main: Callable[..., None], positional: bool = False, afterwards: str = "
         lambda rest: _guarded(lambda: main(rest[1:]) if positional else main(), afterwards),
         flags_parser=lambda argv: _parse(argv, positional),
     )
+
+
+def _open_streams() -> None:
+    """Gives a process that was started without some of them its standard streams, to nowhere.
+
+    A file that is opened later would take their numbers, and the messages of libraries. And in a
+    locale of few characters a name is escaped rather than an error.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the least number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def leave_convs_to_eigen() -> None:
@@ -197,6 +214,9 @@ def _guarded(main: Callable[[], None], afterwards: str) -> None:
         _exit(str(interruption), 128 + interruption.number)
     except KeyboardInterrupt:
         _exit(stopped.format("interrupted"), 128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it fails once more
+        _exit("nobody reads what is printed any more", 128 + signal.SIGPIPE)
     except Exception as error:
         if not (message := _explained(error)):
             raise

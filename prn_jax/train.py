@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from prn_jax import losses, pretrained
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
-from prn_jax.errors import Interrupted, shown
+from prn_jax.errors import Interrupted, UserError, shown
 from prn_jax.fitting import fit_prototypes
 from prn_jax.identity import Identity
 from prn_jax.models.prn import PRN, create_model
@@ -284,6 +284,7 @@ def train(
     describe: Callable[[Tree], None] = lambda params: None,
     actions: Sequence[Callable[[int], Any]] = (),
     roi: np.ndarray | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Trains one category to its last step, from the newest checkpoint if there is one.
 
@@ -299,9 +300,11 @@ def train(
       describe: receives the trained parameters, before the first step.
       actions: called with each step when it is done, as CLU's periodic actions are.
       roi: where an image counts, uint8 [h, w] in {0, 1}; default: everywhere.
+      begun: called when the state to go on from is there; before, what there was may be refused.
 
     Raises:
-      UserError: the batch does not divide, or the loss is not finite.
+      UserError: the batch does not divide, the checkpoint is of another network or region of
+        interest, or the loss is not finite.
       Interrupted: after SIGTERM or Ctrl-C, when the run is saved.
     """
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
@@ -312,8 +315,8 @@ def train(
     model = create_model(config, clusters)
     optimizer = create_optimizer(config, steps)
     roi = np.ones(normal_images.shape[1:3], np.uint8) if roi is None else roi
-    interest = {"interest": {"mask": meshes.replicate(mesh, roi)}}
-    state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh, interest)
+    state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh, roi)
+    begun()
     train_step = make_train_step(config, model, optimizer, mesh)
     start = int(state.step)
     if start < steps:
@@ -370,16 +373,22 @@ def _due(step: int, every: int) -> bool:
 
 
 def _start(
-    config, model, optimizer, normal_images, checkpoints, mesh, interest
+    config, model, optimizer, normal_images, checkpoints, mesh, roi
 ) -> tuple[TrainState, Tree]:
     """The newest checkpoint's state, or a fresh one with its prototypes."""
     if checkpoints.latest_step() is not None:
         network, rest = checkpoints.restore(*_abstract(config, model, optimizer, mesh))
         frozen = {name: network.pop(name) for name in ("backbone", "prototypes")}
-        frozen["prototypes"] |= interest
+        stored = jax.device_get(frozen["prototypes"]["interest"]["mask"])
+        if not np.array_equal(stored, roi):
+            raise UserError(
+                f"{shown(checkpoints.folder)}: the prototypes are those of another region of "
+                "interest. Put roi.png back as it was, or give another --workdir"
+            )
         average = network if config.optimizer.average else None
         return TrainState(**(network | rest), average=average), frozen
     variables = meshes.replicate(mesh, create_variables(config, model))
+    interest = {"interest": {"mask": meshes.replicate(mesh, roi)}}
     began = time.monotonic()
     known = variables | {"prototypes": interest}
     stored = interest | fit_prototypes(config, model, known, normal_images, mesh)

@@ -7,8 +7,8 @@ from typing import Any
 
 from absl import logging
 
-from prn_jax import images, tables
-from prn_jax.errors import UserError, shown
+from prn_jax import images, pictures, tables
+from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.predict import Inspection
 from prn_jax.tables import Asked
 
@@ -25,8 +25,9 @@ def new_images(
     """Yields image files that come from now on, and again those that are written anew. Never ends.
 
     A file is complete when it is not empty and neither its size nor its times of change became
-    different from one look to the next. While the folder is away or cannot be read, which is said,
-    nothing comes, and nothing is forgotten.
+    different from one look to the next. While the folder, or one in it, is away or cannot be read,
+    which is said, nothing comes from there, and nothing is forgotten. The pictures of a prediction
+    are no images.
 
     Args:
       folder: searched recursively; may be absent and come later.
@@ -34,7 +35,7 @@ def new_images(
       existing: yield what is there at the beginning too.
       sleep: waits so many seconds.
     """
-    there = {} if existing else _states(folder)
+    there = {} if existing else _states(folder, [])
     return _arrivals(folder, {path: state[:2] for path, state in there.items()}, every, sleep)
 
 
@@ -43,10 +44,11 @@ def _arrivals(folder, done, every, sleep):
     seen: dict[pathlib.Path, _State] = {}
     trouble = ""
     while True:
-        before = trouble
+        before, closed = trouble, []
         try:
-            now = _states(folder)
+            now = _states(folder, closed)
             trouble = "" if now or folder.is_dir() else f"{shown(folder)} is away"
+            trouble = f"{shown_first(closed)} cannot be read" if closed else trouble
         except (OSError, UserError) as error:  # a share has its moments
             now, trouble = {}, str(error)
         if trouble != before:
@@ -55,16 +57,22 @@ def _arrivals(folder, done, every, sleep):
             is_new = state[0] and done.get(path) != state[:2] and seen.get(path) == state
             if is_new and images.state(path) == state:  # the ones before it took their time
                 done[path] = state[:2]  # a link to it, or other rights, make it no new image
-                yield path
+                if not pictures.is_prediction(path):
+                    yield path
         if now:  # else the folder may be away
-            done = {path: state for path, state in done.items() if path in now}
+            done = {
+                path: state
+                for path, state in done.items()
+                if path in now or any(path.is_relative_to(x) for x in closed)
+            }
         seen = now
         sleep(every)
 
 
-def _states(folder: pathlib.Path) -> dict[pathlib.Path, _State]:
-    """The state of each image file that is there."""
-    states = {path: images.state(path) for path in images.find_images(folder)[0]}
+def _states(folder: pathlib.Path, closed: list[pathlib.Path]) -> dict[pathlib.Path, _State]:
+    """The state of each image file that is there; `closed` gets folders that may not be read."""
+    found, _ = images.find_images(folder, closed=closed)
+    states = {path: images.state(path) for path in found}
     return {path: state for path, state in states.items() if state}
 
 

@@ -1,21 +1,25 @@
 """Each format, from image files, in a process without this package, against prediction."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
 import sys
 
 import absl.logging
+import jax
 import numpy as np
 import pytest
 import sklearn.metrics
 
 import prn_jax
 from prn_jax import export, images
+from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
 from prn_jax.export import calibration, check
+from prn_jax.models.prn import create_model
 from prn_jax.splits import Images
-from tests.trees import draw, save
+from tests.trees import draw, draw_mask, save
 
 CAMERA = (90, 120)
 ALL = [(kind, False) for kind in export.FORMATS] + [("onnx", True)]
@@ -104,6 +108,40 @@ def test_an_export_runs_without_us_and_computes_the_same(
         assert np.load(golden / row["map"]).shape == (64, 64)
     assert len(expected["images"]) == 3
     assert images.read_array(golden / "0.png").shape == (*CAMERA, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", export.FORMATS)
+def test_tiles_are_cut_and_blended_in_every_format(trained, tmp_path, kind):
+    missing = [x for x in export.FORMATS[kind].NEEDS if importlib.util.find_spec(x) is None]
+    if missing:
+        pytest.skip(f"{missing} not installed: make test runs it in .venv-export")
+    whole = prn_jax.load(trained)
+    config = whole.config.copy_and_resolve_references()
+    config.tiles, config.tile_overlap = (1, 2), 16
+    stored = jax.device_get(whole.variables)
+    roi = np.ones((64, 112), np.uint8)
+    roi[20:40, :50] = 0
+    prototypes = stored["prototypes"] | {"interest": {"mask": roi}}
+    for scale in (x for x in prototypes if x.startswith("scale_")):
+        # Of the second tile's place the same in another order.
+        maps = prototypes[scale]["maps"]
+        prototypes[scale] = prototypes[scale] | {"maps": np.concatenate([maps, maps[::-1]])}
+    tiled = dataclasses.replace(
+        whole,
+        model=create_model(config, whole.model.num_prototypes),
+        config=config,
+        variables=meshes.replicate(whole.mesh, stored | {"prototypes": prototypes}),
+    )
+    given = np.stack([draw(i, (64, 112)) for i in range(4)])
+    masks = np.stack([draw_mask(i, (64, 112)) for i in range(4)])
+    split = Images(given, masks // 255, ["good", "good", "dent", "dent"], list("abcd"))
+    options = {} if export.is_exact(kind, False) else {"split": split}
+    files = [images.encode_png(image) for image in given]
+    checked = export.export(tiled, kind, tmp_path / "made", files, **options)
+    if export.is_exact(kind, False):
+        assert checked.map_difference <= 1e-4
+        assert checked.distance_difference <= 1e-4
 
 
 @pytest.mark.slow

@@ -85,6 +85,8 @@ def test_what_was_trained_on_never_says_what_a_threshold_promises():
     [
         ({"steps": 8}, "12 steps are done, and none is undone"),
         ({"white_level": 65535}, "level 4095 was white .* now it is 65535"),
+        ({"config": changed(tile_overlap=0)}, "tile_overlap was 32.*network would be another"),
+        ({"config": changed(image_size=(64, 64))}, "image_size was.*network would be another"),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_never_allowed(changes, message):
@@ -392,6 +394,14 @@ def test_no_step_is_undone(allow, finished, said):
         run(finished, allow, total_steps=8)
     assert "allow_config_change" not in str(e.value)
     assert read(finished) == before
+    # Nor is a network used with another region of interest than its prototypes'.
+    region = finished / "raw/bolt/roi.png"
+    save(region, np.uint8(255 * (np.arange(64) < 40)).repeat(64).reshape(64, 64))
+    if allow:
+        with pytest.raises(UserError, match=r"another region of interest\. Put roi.png back"):
+            run(finished, allow)
+        assert read(finished) == before
+    region.unlink()
     # The same of a checkpoint without results.
     (finished / "work/bolt/results.json").unlink()
     with pytest.raises(UserError, match=r"the checkpoint of step 12 .*12 steps are done"):

@@ -48,6 +48,33 @@ def test_memory_is_in_huge_pages_where_programs_decide(tmp_path, given, as_modul
     assert before == [number] * len(before)
 
 
+PRINTS = """
+from prn_jax import program
+
+def main():
+    print("ä" * 100_000)
+    open(__file__ + ".done", "w").close()
+
+if __name__ == "__main__":
+    program.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"), [("2>&-", 0), (">&- 2>&- <&-", 0), ("| true", 141)]
+)
+def test_a_program_needs_nobody_who_reads(tmp_path, redirection, status):
+    program = tmp_path / "prints.py"
+    program.write_text(PRINTS)
+    command = f"{sys.executable} {program} {redirection}; exit ${{PIPESTATUS[0]}}"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    finished = execute(["bash", "-c", command], PYTHONPATH=os.getcwd(), **ascii_only)
+    assert finished.returncode == status, finished.stderr
+    assert "Traceback" not in finished.stderr
+    if not status:
+        assert (tmp_path / "prints.py.done").exists()
+
+
 STOPPED = """
 import gc, os, time
 from prn_jax import program

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn import metrics as skmetrics
 
 import prn_jax
-from prn_jax import explain, images, input_pipeline, report, results
+from prn_jax import explain, images, input_pipeline, judge, report, results
 from prn_jax.errors import UserError
 from tests import trees
 from tests.processes import environment, start
@@ -70,6 +70,9 @@ def test_prediction_repeats_the_evaluation(trained, caplog):
 
 @pytest.mark.slow
 def test_a_copy_of_the_checkpoints_decides_as_the_run_does(trained, tmp_path, caplog):
+    assert prn_jax.load(trained, white_level=4095).white_level == 4095
+    with pytest.raises(UserError, match="results.json: give <workdir>/<category> of a training"):
+        prn_jax.load(trained / "results.json")
     copy = pathlib.Path(shutil.copytree(trained / "checkpoints", tmp_path / "copy"))
     stored = json.loads((copy / "thresholds.json").read_text())
     assert prn_jax.load(copy).thresholds == stored
@@ -140,6 +143,9 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
     assert sum(name.endswith("_why.png") for name in sizes) == sum(
         bool(row["nearest"]) for row in rows.values()
     )
+    result = execute("predict", f"--checkpoint={trained}", "--threshold=nan", folder)
+    assert result.returncode == 1
+    assert "--threshold=nan: give a value from 0 to 1" in result.stderr
     result = execute("predict", f"--checkpoint={trained}", tmp_path / "nothing*")
     assert result.returncode == 1
     assert "nothing*: there are no images" in result.stderr
@@ -147,6 +153,9 @@ def test_predict_reports_a_bad_file_and_does_the_others(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match="--output=.*/taken/out: Not a directory"):
+        judge.prepare(tmp_path / "taken/out")
     test, run = results.read_predictions(trained)[0], results.read_run(trained)
     config = ConfigDict(run["config"]).unlock()
     config.image_size = tuple(config.image_size)

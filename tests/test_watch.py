@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prn_jax import watch
+from prn_jax import images, pictures, watch
 from prn_jax.errors import UserError
 from prn_jax.images import read_array
 from prn_jax.predict import Inspection
@@ -70,6 +71,44 @@ def test_an_image_is_yielded_once_it_is_complete(tmp_path):
     )
     # Complete at the third look, unchanged at the fourth; written anew at the eighth.
     assert found == [(half.name, 4), (half.name, 9)]
+
+
+def test_pictures_of_a_prediction_are_no_images(tmp_path):
+    (tmp_path / "out").mkdir()
+    image = Image.new("RGB", (9, 7))
+
+    def predict():
+        pictures.save_png(tmp_path / "out/a_heat.png", image, is_prediction=True)
+        picture(tmp_path / "b.png")
+
+    assert watched(tmp_path, predict, nothing, nothing) == [("b.png", 2)]
+
+
+def test_a_folder_that_may_not_be_read_stops_no_other(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, logger="absl")
+    (tmp_path / "sub").mkdir()
+    picture(tmp_path / "sub/old.png")
+    original, may_be_read = images._identity, True
+
+    def identity(folder):
+        if folder.name == "sub" and not may_be_read:
+            raise PermissionError(13, "Permission denied")
+        return original(folder)
+
+    def close():
+        nonlocal may_be_read
+        may_be_read = False
+        picture(tmp_path / "new.png")
+
+    def reopen():
+        nonlocal may_be_read
+        may_be_read = True
+
+    monkeypatch.setattr(images, "_identity", identity)
+    found = watched(tmp_path, close, nothing, nothing, reopen, nothing, nothing)
+    assert found == [("new.png", 2)]  # and the old one is no new one when it is back
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"{tmp_path}/sub cannot be read: waiting", "the folder is back"]
 
 
 def test_a_link_or_other_rights_make_no_new_image(tmp_path):
@@ -157,7 +196,7 @@ def test_a_share_that_hiccups_ends_nothing(tmp_path, monkeypatch, caplog, error)
     picture(tmp_path / "old.png")
     find, calls = watch.images.find_images, itertools.count()
 
-    def hiccup(folder):
+    def hiccup(folder, **options):
         if next(calls) in (2, 3):
             raise error
         return find(folder)

@@ -36,6 +36,7 @@ def main() -> None:
 
     if IMAGES.value is not None and (MANUAL_DIR.present or SPLIT.present):
         raise UserError("--images is one folder, --split and --manual_dir name another: give one")
+    judge.prepare(OUTPUT.value)
     mesh.cache_compilations()
     detector = predict.load(CHECKPOINT.value, STEP.value)
     if IMAGES.value is None:

@@ -22,8 +22,11 @@ def main() -> None:
     from etils import epath
 
     from prn_jax import report
+    from prn_jax.errors import UserError, shown
 
     path = epath.Path(os.path.expanduser(OUTPUT.value or f"{WORKDIR.value}/report.html"))
+    if path.is_dir():
+        raise UserError(f"--output={shown(path)} is a folder: give the name of a file")
     report.write_report(WORKDIR.value, path, progress=sys.stderr.isatty())
     print(path, flush=True)
 

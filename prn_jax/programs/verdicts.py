@@ -40,8 +40,12 @@ def asked(detector, **more):
     from absl import logging
 
     from prn_jax import thresholds
+    from prn_jax.errors import UserError
     from prn_jax.tables import Asked
 
+    for flag in (THRESHOLD, PIXEL_THRESHOLD):
+        if flag.value is not None and not 0 <= flag.value <= 1:
+            raise UserError(f"--{flag.name}={flag.value}: give a value from 0 to 1")
     basis = thresholds.select(
         detector.thresholds,
         threshold=THRESHOLD.value,
