@@ -189,6 +189,10 @@ def check_name(folder: str | os.PathLike) -> None:
     Raises:
       UserError: naming it.
     """
+    if os.path.basename(os.fspath(folder)) in ("results.json", "results.md"):
+        raise UserError(
+            f"{shown(folder)}: the results are called so, and no category may be; rename its folder"
+        )
     if not is_plain(os.fspath(folder)):
         raise UserError(
             f"no checkpoint can be written to {shown(folder)}: its name holds a backslash, a "

@@ -1,5 +1,6 @@
 """What the fields of a configuration may be: refused before anything is computed."""
 
+import unicodedata
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -61,6 +62,7 @@ def checked(config: ConfigDict) -> ConfigDict:
         )
     with config.ignore_type(), config.unlocked():
         config.image_size = size
+    config.category = unicodedata.normalize("NFC", config.category)  # as a Mac does not write it
     _check_tiles(config)
     positive = {
         "batch_size": config.batch_size,

@@ -37,6 +37,7 @@ _JUNK = frozenset(
 )
 
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
+_ZEROS, _TRAILER = 512, 2**16  # bytes, see `_is_cut_jpeg`; some cameras write behind the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +199,8 @@ def read_picture(path: pathlib.Path, erase: bool = False) -> Picture:
         if not data:
             raise ValueError("the file is empty")
         image = Image.open(io.BytesIO(data), formats=_formats())
+        if image.format in ("JPEG", "MPO") and _is_cut_jpeg(data):  # libjpeg makes grey of the rest
+            raise ValueError("it is cut short")
         levels = _levels(data, image, erase)
         return Picture(
             levels, data, _is_plain(data, image), _pages(image), deep.declared(data, image)
@@ -210,6 +213,12 @@ def read_picture(path: pathlib.Path, erase: bool = False) -> Picture:
         raise UserError(
             f"{shown(path)}: not a readable image ({_reason(error)}); replace or remove the file"
         ) from error
+
+
+def _is_cut_jpeg(data: bytes) -> bool:
+    """Whether a JPEG file goes over into zeros without its end: a copy that was interrupted."""
+    filled = data.rstrip(b"\0")
+    return len(data) - len(filled) >= _ZEROS and b"\xff\xd9" not in filled[-_TRAILER:]
 
 
 def is_deep(path: pathlib.Path) -> bool:

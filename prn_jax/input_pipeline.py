@@ -6,6 +6,7 @@ reproducible, resumes by starting the plan at its step, and does not depend on t
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,7 +17,14 @@ from ml_collections import ConfigDict
 from prn_jax import datasets, disk
 from prn_jax.datasets.roi import from_text
 from prn_jax.errors import UserError
-from prn_jax.splits import Images, check_num_seen, leave_out, read_split, within
+from prn_jax.splits import (
+    Images,
+    check_num_seen,
+    copies_within,
+    leave_out,
+    read_split,
+    within,
+)
 from prn_jax.synthesis.foreground import cached_foreground, describe
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
 from prn_jax.synthesis.textures import prepare_dtd
@@ -105,13 +113,30 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     train, test = (read_split(builder, split, size) for split in ("train", "test"))
     roi = from_text(metadata["roi"], size) if "roi" in metadata else None
     if roi is not None:
+        if not roi.any():
+            raise UserError(
+                f"{category}: nothing is left of roi.png at image_size={tuple(config.image_size)}: "
+                "paint a larger region, or give a larger image_size"
+            )
         logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
         train, test = (within(split, roi, category) for split in (train, test))
     source = test if builder.seen_from == "test" else train
     anomalous = source.select(source.label == 1)
     check_num_seen(config.num_seen, category, len(anomalous), int(anomalous.has_mask.sum()))
     seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, anomalous.has_mask))
+    drawn = source.select([x in seen for x in source.id])
+    test = test.select([x not in seen for x in test.id]) if source is test else test
+    test = leave_out(
+        test, copies_within(test), "test images are copies of others of them", f"{category}: "
+    )
     normal = train.select(train.label == 0)
+    defects = {*anomalous.digests, *itertools.compress(test.digests, test.label)}
+    normal = leave_out(
+        normal,
+        [x in defects for x in normal.digests],
+        "normal training images are defects, to the pixel,",
+        f"{category}: ",
+    )
     if not len(normal):
         raise UserError(
             f"{config.data.name}/{category}: there are no normal images to train on; add some"
@@ -119,8 +144,6 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
     held_out = set(holdout_split(normal.id, config.data.holdout, config.split_seed))
     held = normal.select([x in held_out for x in normal.id])
     normal = normal.select([x not in held_out for x in normal.id])
-    drawn = source.select([x in seen for x in source.id])
-    test = test.select([x not in seen for x in test.id]) if source is test else test
     known = {*normal.digests, *drawn.digests}
     copies = "are copies of images that are trained on"
     test, held = (

@@ -8,10 +8,11 @@ from absl import logging
 from scipy import ndimage, sparse
 
 from prn_jax import images
-from prn_jax.errors import shown
+from prn_jax.errors import UserError, shown
 
 _SHARES = (0.5, 0.4, 0.3, 0.2, 0.1)  # of a pixel's area, see `resize_mask`
 _NEIGHBOURS = np.ones((3, 3))
+_NOISE = 16  # level up to which a JPEG's black may come out, beside what is marked
 
 
 def _has_lower_areas(levels: np.ndarray, half: int) -> bool:
@@ -27,20 +28,27 @@ def read_mask_file(path: pathlib.Path) -> np.ndarray:
     """Reads a mask file.
 
     A pixel counts as defective where its brightest channel reaches half of the full range. Files
-    that nowhere get so bright (values 0 and 1, or class numbers) count wherever they are not 0.
-    Transparent pixels are not marked.
+    that nowhere get so bright (values 0 and 1, or class numbers) count wherever they are not 0,
+    but for the traces that JPEG leaves around what is marked. Transparent pixels are not marked.
 
     Returns:
       uint8 `[h, w]` in {0, 255}.
 
     Raises:
-      UserError: as `images.read_picture`.
+      UserError: as `images.read_picture`, or there are several images in the file.
     """
-    levels = images.read_picture(path, erase=True).levels
+    picture = images.read_picture(path, erase=True)
+    if picture.pages > 1:
+        raise UserError(
+            f"{shown(path)} holds {picture.pages} images: join the mask's into one, and save that"
+        )
+    levels = picture.levels
     if levels.ndim == 3:
         levels = levels.max(axis=-1)
+    if path.suffix.lower() in (".jpg", ".jpeg") and levels.max(initial=0) > _NOISE:
+        levels = np.where(levels > _NOISE, levels, 0)
     half = 128 if levels.dtype == np.uint8 else 32768
-    if _has_lower_areas(levels, half) and path.suffix.lower() not in (".jpg", ".jpeg"):
+    if _has_lower_areas(levels, half):
         logging.log_first_n(
             logging.WARNING,
             "%s: areas of levels below half are not marked, only those above, as of each such mask "

@@ -90,14 +90,24 @@ def say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
         )  # fmt: skip
 
 
+def copies_within(images: Images) -> list[bool]:
+    """Which images are copies of another one of the same label; one with a mask is none."""
+    keys, first = list(zip(images.digests, images.label)), {}
+    for number in np.argsort(~images.has_mask, kind="stable"):
+        first.setdefault(keys[number], number)
+    kept = set(first.values())
+    return [number not in kept for number in range(len(images))]
+
+
 def leave_out(images: Images, out: Sequence[bool], what: str, whose: str = "") -> Images:
     """Those whose entry is false; names the others, of which `what` says why."""
     names = [id_ for id_, is_out in zip(images.id, out) if is_out]
-    if names:
-        logging.warning(
-            "%s%d of %d %s and are left out: %s",
-            whose, len(names), len(images), what, shown_first(names),
-        )  # fmt: skip
+    if not names:
+        return images
+    logging.warning(
+        "%s%d of %d %s and are left out: %s",
+        whose, len(names), len(images), what, shown_first(names),
+    )  # fmt: skip
     return images.select(~np.array(out, bool))
 
 

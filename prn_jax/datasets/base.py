@@ -193,9 +193,13 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             builder = cls.open(category, manual_dir, data_dir)
         if builder.fingerprint is None:
             raise cls._missing(manual_dir, category)
-        _say_once(
+        origin = (builder.info.metadata or {}).get("source", "an earlier version's folder")
+        inside = pathlib.Path(origin).is_relative_to(os.path.abspath(closed.parent))
+        say_once(
+            logging.INFO if inside else logging.WARNING,
             f"{cls.name}/{category}: no raw files in {shown(manual_dir) or repr('')} "
-            f"(data.manual_dir), using the TFRecords in {shown(builder.data_dir)}"
+            f"(data.manual_dir), using the TFRecords in {shown(builder.data_dir)}, made from "
+            f"{shown(origin)}",
         )
         return builder, None, builder.fingerprint
 
@@ -434,7 +438,7 @@ def _say_skipped(title: str, stray: list[pathlib.Path]) -> None:
         logging.warning("%s: skipped %s", title, images.describe_skipped(stray))
 
 
-_say_once = functools.cache(logging.info)
+say_once = functools.cache(logging.log)
 
 
 def _is_news(record: std_logging.LogRecord) -> bool:

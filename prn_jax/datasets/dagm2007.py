@@ -40,8 +40,11 @@ class Dagm2007(base.AnomalyBuilder, skip_registration=True):
     def _scan(cls, folder: pathlib.Path, stray: list[pathlib.Path]) -> list[layout.Example]:
         examples = []
         for part in ("Train", "Test"):
-            found = layout.list_images(folder / part, stray, folders=("Label",))
-            labels = layout.list_images(folder / part / "Label", stray)
+            there = layout.out_of_place(folder / part, ())
+            name = next((x.name for x in there if x.name.lower() == "label"), "Label")
+            found = layout.list_images(folder / part, stray, folders=(name,))
+            layout.check_normal(found)
+            labels = layout.list_images(folder / part / name, stray)
             stray[:] = [x for x in stray if x.name.lower() != "labels.txt"]  # of the archive
             masks = layout.pair_masks(found, labels, ("_label",))
             for stem, path in found.items():

@@ -6,8 +6,10 @@ import os
 import pathlib
 import re
 
+from absl import logging
 from etils import epath
 
+from prn_jax import images
 from prn_jax.datasets import base, layout
 from prn_jax.errors import UserError, shown
 
@@ -31,10 +33,13 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         """Returns the products' folders by the products' names."""
         if not os.fspath(manual_dir):  # not the current folder: there are none
             return {}
-        root = pathlib.Path(os.path.expanduser(manual_dir)).resolve()
-        if _is_product(root):
-            return {root.name: root}
-        return {path.name: path for path in layout.out_of_place(root, ()) if _is_product(path)}
+        root = pathlib.Path(os.path.realpath(os.path.expanduser(manual_dir)))
+        there = [root] if _is_product(root) else layout.out_of_place(root, ())
+        return {
+            layout.normal_form(path.name): path
+            for path in there
+            if _is_product(path) and (path == root or not path.name.startswith("."))
+        }
 
     @classmethod
     def _records_name(
@@ -48,8 +53,8 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         Raises:
           UserError: there are those of several products.
         """
-        root = pathlib.Path(os.path.expanduser(manual_dir)).resolve()
-        source = root if root.name == category else root / category
+        root = pathlib.Path(os.path.realpath(os.path.expanduser(manual_dir)))
+        source = root if layout.normal_form(root.name) == category else root / category
         digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
         name = re.sub(r"[^\w.-]+", "_", category)[:60] + f"-{digest}"
         if category in cls.sources(manual_dir):
@@ -86,6 +91,11 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         for product in (root, *products):
             if not _is_product(product):
                 layout.check_train(product / "train")
+            if product != root and (found := _train_folder(product)):
+                base.say_once(
+                    logging.WARNING,
+                    f"{shown(product)} has {shown(found)}, but no folder train/good: left out",
+                )
 
     @classmethod
     def _missing(cls, manual_dir: str | os.PathLike, category: str) -> UserError:
@@ -111,6 +121,14 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
 
 def _is_product(folder: pathlib.Path) -> bool:
     return os.path.isdir(folder / "train" / layout.GOOD)  # not of what may not be entered
+
+
+def _train_folder(folder: pathlib.Path) -> str:
+    """What in a folder that is no product may be meant for training images; "" where nothing."""
+    if _is_product(folder) or images.why_skipped(folder) != "a folder":
+        return ""
+    found = (x.name for x in layout.out_of_place(folder, ()) if x.name.lower() == "train")
+    return next(found, "")
 
 
 def _remembered(folder: epath.Path) -> dict[str, str]:

@@ -35,6 +35,10 @@ class KolektorSdd2(base.AnomalyBuilder, skip_registration=True):
         examples = []
         for split in ("train", "test"):
             files = layout.list_images(folder / split, stray)
+            for stem, path in files.items():
+                if stem.upper().endswith(_SUFFIX) and not stem.endswith(_SUFFIX):
+                    mask = path.with_stem(path.stem[: -len(_SUFFIX)] + _SUFFIX)
+                    raise UserError(f"{shown(path)}: is this a mask? rename it {mask.name}")
             masks = {stem: path for stem, path in files.items() if stem.endswith(_SUFFIX)}
             found = {stem: path for stem, path in files.items() if stem not in masks}
             masks = layout.pair_masks(found, masks, (_SUFFIX,))

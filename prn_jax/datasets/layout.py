@@ -1,10 +1,12 @@
 """Where images and masks lie: MVTec AD's layout, and what other layouts share with it."""
 
+import contextlib
 import dataclasses
 import difflib
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -57,7 +59,8 @@ def list_images(
     stray.extend(skipped)
     found: dict[str, pathlib.Path] = {}
     for path in files:
-        stem = shown(path.relative_to(folder).with_suffix("").as_posix())
+        # A Mac writes "ü" as two characters: one name, whoever wrote it.
+        stem = normal_form(shown(path.relative_to(folder).with_suffix("").as_posix()))
         if stem in found:
             raise UserError(
                 f"{shown(found[stem])} and {shown(path)} have the same name but for the extension; "
@@ -65,6 +68,11 @@ def list_images(
             )
         found[stem] = path
     return found
+
+
+def normal_form(name: str) -> str:
+    """A name with each accented letter as one character, in which names are compared."""
+    return unicodedata.normalize("NFC", name)
 
 
 def out_of_place(folder: pathlib.Path, known: Iterable[str]) -> list[pathlib.Path]:
@@ -96,15 +104,20 @@ def pair_masks(
                 paired[stem] = mask
     for stem, mask in masks.items():
         raise UserError(
-            f"{shown(mask)}: a mask without an image; {_likely(stem, found, paired, suffixes)}"
+            f"{shown(mask)}: a mask without an image; "
+            f"{_likely(stem, found, paired, suffixes, masks)}"
         )
     return paired
 
 
 def _likely(
-    stem: str, found: dict[str, pathlib.Path], paired: Iterable[str], suffixes: tuple[str, ...]
+    stem: str,
+    found: dict[str, pathlib.Path],
+    paired: Iterable[str],
+    suffixes: tuple[str, ...],
+    masks: Iterable[str],
 ) -> str:
-    """The advice on a mask of that name which belongs to no image."""
+    """The advice on a mask of that name which, as all of `masks`, belongs to no image."""
     names = " or ".join(f"<image's name>{suffix}.*" for suffix in suffixes)
     looked = f"masks are looked for as {names}"
     free = [x for x in found if x not in paired]
@@ -113,6 +126,9 @@ def _likely(
     if not close:
         return f"add its image or remove the mask ({looked})"
     name = f"{close[0].rsplit('/', 1)[-1]}{suffixes[0]}"
+    several = [x for x in masks if x.startswith(close[0])] if inside else []
+    if len(several) > 1:
+        return f"join the {len(several)} masks of {shown(found[close[0]])} into one, {name}"
     return f"did you mean {name}, the mask of {shown(found[close[0]])}? {looked}; rename it"
 
 
@@ -158,23 +174,29 @@ def scan_folders(
         ambiguous name.
     """
     parts = ("train", "test", "ground_truth")
-    stray.extend(x for x in out_of_place(folder, parts) if x.is_dir())
+    # A region of interest lies in the product's folder, and is called so.
+    stray.extend(
+        x
+        for x in out_of_place(folder, parts)
+        if x.is_dir() or (images.is_image(x) and not is_region(x))
+    )
+    with contextlib.suppress(UserError):  # what lies above may be another's
+        stray.extend(x for x in out_of_place(folder.parent, ()) if is_region(x))
     stray.extend(out_of_place(folder / "train", (normal,)))
     train = list_images(folder / "train" / normal, stray)
     if not train:
         check_train(folder / "train", normal)
+    check_normal(train)
     examples = [Example(f"train/{normal}/{k}", "train", GOOD, v, None) for k, v in train.items()]
-    names = {
-        path.name
-        for part in parts[1:]
-        for path in out_of_place(folder / part, ())
-        if path.is_dir() and images.why_skipped(path) == "a folder"
-    }
-    for part in parts[1:]:
-        stray.extend(out_of_place(folder / part, names))  # An image there belongs to no defect.
+    folders = {part: _subfolders(folder / part) for part in parts[1:]}
+    for part, own in folders.items():
+        # An image there belongs to no defect.
+        stray.extend(out_of_place(folder / part, [path.name for path in own.values()]))
     listed = {
-        name: [list_images(folder / part / name, stray) for part in parts[1:]]
-        for name in sorted(names)
+        name: [
+            list_images(own.get(name, folder / part / name), stray) for part, own in folders.items()
+        ]
+        for name in sorted({name for own in folders.values() for name in own})
     }
     for name, (found, masks) in listed.items():
         _check_names(folder, name, normal, found, masks, suffixes)
@@ -197,6 +219,42 @@ def scan_folders(
             id_ = f"test/{shown(name)}/{stem}"
             examples.append(Example(id_, "test", defect, path, paired.get(stem)))
     return examples
+
+
+def _subfolders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The folders in a folder by their names, without links to what is read already."""
+    found: dict[str, pathlib.Path] = {}
+    read = {os.path.realpath(folder), *map(str, pathlib.Path(os.path.realpath(folder)).parents)}
+    there = [x for x in out_of_place(folder, ()) if images.why_skipped(x) == "a folder"]
+    for path in sorted(there, key=lambda x: x.is_symlink()):
+        if (place := os.path.realpath(path)) not in read:
+            read.add(place)
+            found[normal_form(path.name)] = path
+    return found
+
+
+def is_region(path: pathlib.Path) -> bool:
+    """Whether a file is called as a region of interest is."""
+    return path.stem.lower() == "roi" and images.is_image(path)
+
+
+def check_normal(found: dict[str, pathlib.Path]) -> None:
+    """Asks about masks and regions of interest among normal images.
+
+    Raises:
+      UserError: naming it.
+    """
+    for stem, image in found.items():
+        if (plain := _image_of(stem, found)) is not None:
+            raise UserError(
+                f"{shown(image)}: is this the mask of {shown(found[plain])}? Normal images need "
+                "none, and it would be taken for one of them; remove it"
+            )
+        if is_region(image):
+            raise UserError(
+                f"{shown(image)}: is this a region of interest? It lies in the product's folder, "
+                "beside train and test; move it there, or rename it"
+            )
 
 
 def read_mask(example: Example, size: tuple[int, int]) -> np.ndarray:
@@ -239,7 +297,8 @@ def _check_names(
     suffixes: tuple[str, ...],
 ) -> None:
     """Asks about the likely slips: normal images or masks among the defective images."""
-    if name == normal or not found:
+    if name == normal:
+        check_normal(found)
         return
     path = folder / "test" / name
     if is_normal(name) and not any(read_mask_file(x).any() for x in masks.values()):

@@ -9,36 +9,48 @@ from prn_jax.datasets import roi
 from prn_jax.datasets.layout import GOOD, Example
 from prn_jax.errors import UserError, shown, shown_first
 
-_TAIL = 4096  # bytes
+_PIECE, _PIECES = 4096, 5  # bytes that are hashed at a place of an image file, and places
 
 
 def fingerprint(folder: pathlib.Path, examples: Iterable[Example]) -> str:
     """Hashes what a category's files are, to notice when they change.
 
-    Names, sizes, the images' last 4 KiB (a PNG ends in its checksum; uncompressed pixels of another
-    photograph differ there by their noise), the whole masks, the region of interest. No times:
-    hosts that share the TFRecords may have copied the raw files at different ones.
+    Names, sizes, of the images 4 KiB at five places (a JPEG's rotation is in its head, a PNG ends
+    in its checksum, a TIFF may end in tables; uncompressed pixels of another photograph differ
+    between by their noise), the whole masks, the region of interest. No times: hosts that share
+    the TFRecords may have copied the raw files at different ones.
     """
     digest = hashlib.sha256()
     wrong = []
     for example in examples:
-        for path, tail in ((example.image, _TAIL), (example.mask, None)):
+        for path in (example.image, example.mask):
             if path is None:
                 continue
             try:
-                with path.open("rb") as file:
-                    size = file.seek(0, os.SEEK_END)
-                    file.seek(0 if tail is None else max(0, size - tail))
-                    end = file.read()
+                size, content = _read(path, path is example.mask)
             except OSError as error:
                 reason = f"{shown(path)}: cannot be read: {error.strerror}; mend or remove it"
                 wrong.append((path, reason))
                 continue
             name = os.fsencode(path.relative_to(folder))
-            digest.update(b"%s\0%s\0%d\0" % (example.split.encode(), name, size) + end)
+            digest.update(b"%s\0%s\0%d\0" % (example.split.encode(), name, size) + content)
     refuse(wrong)
     digest.update(roi.content(folder))
     return digest.hexdigest()
+
+
+def _read(path: pathlib.Path, whole: bool) -> tuple[int, bytes]:
+    """A file's size, and its bytes: all of them, or those of some places."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if whole or size <= _PIECE * _PIECES:
+            file.seek(0)
+            return size, file.read()
+        content = b""
+        for number in range(_PIECES):
+            file.seek(number * (size - _PIECE) // (_PIECES - 1))
+            content += file.read(_PIECE)
+        return size, content
 
 
 def refuse(wrong: list[tuple[pathlib.Path, str]]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from prn_jax import images
+from prn_jax.datasets import layout
 from prn_jax.errors import UserError, shown
 from prn_jax.masks import read_mask_file, resize_mask
 
@@ -21,7 +22,7 @@ def _find(folder: pathlib.Path) -> pathlib.Path | None:
       UserError: there are two.
     """
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [x for x in entries if x.stem.lower() == "roi" and images.is_image(x)]
+    found = [x for x in entries if layout.is_region(x)]
     if len(found) > 1:
         raise UserError(f"{shown(found[0])} and {found[1].name} are both there: keep one")
     return found[0] if found else None

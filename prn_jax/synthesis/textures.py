@@ -95,7 +95,8 @@ def fingerprint(config: ConfigDict) -> str:
 def _find(folder: pathlib.Path) -> tuple[list[pathlib.Path], str]:
     """The images of a folder, and what was skipped, in words."""
     if not folder.is_dir():
-        raise UserError(f"synthesis.textures={shown(folder)}: no such folder")
+        what = "it is a file; give its folder" if folder.exists() else "no such folder"
+        raise UserError(f"synthesis.textures={shown(folder)}: {what}")
     paths, skipped = images.find_images(folder)
     why = f"skipped {images.describe_skipped(skipped)}" if skipped else ""
     if not paths:
