@@ -18,7 +18,7 @@ from prn_jax.errors import UserError, shown
 from prn_jax.identity import as_dict
 from prn_jax.masks import resize_mask
 from prn_jax.predict import Detector
-from prn_jax.splits import Images, leave_out, read_split, say_unmarked, within
+from prn_jax.splits import Images, copies_within, leave_out, read_split, say_unmarked, within
 
 Evaluation = dict[str, Any]
 
@@ -89,7 +89,7 @@ def read_own(detector: Detector, split: str, manual_dir: str | None) -> Images:
 
 
 def leave_out_trained(found: Images, detector: Detector) -> Images:
-    """What the network was not trained on; says what it leaves out.
+    """What the network was not trained on, each image once; says what it leaves out.
 
     Raises:
       UserError: nothing is left.
@@ -106,7 +106,7 @@ def leave_out_trained(found: Images, detector: Detector) -> Images:
     left = leave_out(found, trained, "images were trained on")
     if not len(left):
         raise UserError("all these images were trained on: give others to judge the network on")
-    return left
+    return leave_out(left, copies_within(left), "images are copies of others of them")
 
 
 # --- the judgement --------------------------------------------------------------------------------

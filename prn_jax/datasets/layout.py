@@ -126,7 +126,8 @@ def _likely(
     if not close:
         return f"add its image or remove the mask ({looked})"
     name = f"{close[0].rsplit('/', 1)[-1]}{suffixes[0]}"
-    several = [x for x in masks if x.startswith(close[0])] if inside else []
+    same = re.compile(rf"{re.escape(close[0])}[-_. /]")
+    several = [x for x in masks if same.match(x)]
     if len(several) > 1:
         return f"join the {len(several)} masks of {shown(found[close[0]])} into one, {name}"
     return f"did you mean {name}, the mask of {shown(found[close[0]])}? {looked}; rename it"
