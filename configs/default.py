@@ -221,6 +221,10 @@ def get_config() -> ConfigDict:
     # The score of an image is the mean of its highest pixels: this many at 256x256, in proportion
     # to the area at other sizes. PRNet: 100; DiffusionAD: 50.
     config.score_pixels = 100
+    # Whether a map is the mean of the image's in all turns and flips that the normal images show to
+    # be as good (as with synthesis.turns): 8 of a texture, so 8 times the work of prediction; as it
+    # is alone of a product with a pose. Beyond the paper.
+    config.average_turns = False
     # Shares of new normal images, in (0, 1), that may be called anomalous: results and report show
     # the threshold that keeps each, and its recall, where normal images were held out. Ours. A run
     # that is finished keeps those that it had.

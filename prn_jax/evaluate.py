@@ -146,6 +146,7 @@ def predict(
       Maps [n, h, w] and scores [n], float32 in [0, 1], and distances of the whole images from
       normal ones [n], float32: see `models.whole.WholeImage`.
     """
+    batch_size = max(1, batch_size // len(model.turns))  # each turn is an image more
     if model.tiling:
         maps, descriptors = _stitch(
             model, variables, images, mesh, batch_size, fill=fill, progress=progress

@@ -38,6 +38,7 @@ FREE_FIELDS = (
 # Fields that make a checkpoint's network another one: it is not gone on with.
 _NETWORK_FIELDS = (
     "attention",
+    "average_turns",
     "backbone.doublings",
     "backbone.name",
     "backbone.train_stage4",
@@ -52,6 +53,7 @@ _NETWORK_FIELDS = (
 # What a field amounted to before there was one.
 _BEFORE = {
     "attention.scales": [1, 2, 3],
+    "average_turns": False,
     "backbone.doublings": [0],
     "data.holdout": 0.0,
     "decoder.stem": False,
@@ -85,6 +87,7 @@ class Identity:
       held: ids of the normal images that are not trained on, sorted.
       textures: see `textures.fingerprint`; "" where it is not known.
       dtype: name of the type that is computed in; "" where it is not known.
+      turns: over which maps are averaged, see `models.prn.PRN`; of the first training images.
     """
 
     dataset: str
@@ -98,6 +101,7 @@ class Identity:
     held: tuple[str, ...] = ()
     textures: str = ""
     dtype: str = ""
+    turns: tuple[tuple[int, bool], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -115,7 +119,8 @@ class Identity:
             steps = stored.get("steps", -1)
             return cls(config["data"]["name"], config["category"], "", (), steps, 0, config)
         lists = {name: tuple(stored.get(name, ())) for name in ("seen", "changes", "held")}
-        return cls(**stored | lists)
+        turns = tuple((quarters, mirrored) for quarters, mirrored in stored.get("turns", ()))
+        return cls(**stored | lists | {"turns": turns})
 
     @classmethod
     def of_run(cls, run: dict[str, Any]) -> "Identity":
@@ -233,7 +238,7 @@ class Identity:
                 f"{text}: undo that, give another --workdir, or pass --allow_config_change, which "
                 f"goes on from the last checkpoint and evaluates anew{unless}"
             )
-        return dataclasses.replace(other, changes=(*self.changes, *found))
+        return dataclasses.replace(other, changes=(*self.changes, *found), turns=self.turns)
 
 
 def as_dict(config: ConfigDict) -> dict[str, Any]:

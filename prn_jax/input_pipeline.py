@@ -26,6 +26,7 @@ from prn_jax.splits import (
     within,
 )
 from prn_jax.synthesis.foreground import cached_foreground, describe
+from prn_jax.synthesis.pose import Turn, free_turns
 from prn_jax.synthesis.samples import EXTENDED, KINDS, NORMAL, SEEN, SIMULATED, SampleMaker
 from prn_jax.synthesis.textures import prepare_dtd
 from prn_jax.tiles import Tiling
@@ -341,6 +342,14 @@ def in_tiles(config: ConfigDict, data: CategoryData) -> CategoryData:
         data, train=cut_all(data.train).pick(inside), seen=seen.select(seen.has_mask),
         foreground=disk.rows(foreground, inside), roi=None,
     )  # fmt: skip
+
+
+def turns(config: ConfigDict, data: CategoryData) -> tuple[Turn, ...]:
+    """In which the images to train on, or their tiles, could lie as well."""
+    data = in_tiles(config, data)
+    found = tuple(free_turns(data.train.image, data.roi))
+    logging.info("%s: maps are the mean over %d of 8 turns", config.category, len(found))
+    return found
 
 
 def sample_maker(config: ConfigDict, data: CategoryData) -> SampleMaker:

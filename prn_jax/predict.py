@@ -211,7 +211,8 @@ def load(
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     variables = meshes.replicate(mesh, jax.device_get(network))
     stored = network["prototypes"]["scale_0"]["maps"].shape[0]
-    model = create_model(config, max(1, stored // Tiling.of(config).count))
+    count = max(1, stored // Tiling.of(config).count)
+    model = create_model(config, count, identity.turns)
     say_type(thresholds, model.dtype)
     white = identity.white_level if white_level is None else white_level
     told = [identity.as_json(), step, network_digest, white]

@@ -312,7 +312,7 @@ def train(
     # Normal images that came later, if that was allowed, have no part in them.
     stored = checkpoints.num_prototypes()
     clusters = stored or num_prototypes(len(normal_images), config.prototypes)
-    model = create_model(config, clusters)
+    model = create_model(config, clusters, identity.turns)
     optimizer = create_optimizer(config, steps)
     roi = np.ones(normal_images.shape[1:3], np.uint8) if roi is None else roi
     state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh, roi)

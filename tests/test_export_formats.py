@@ -57,7 +57,7 @@ def tiled(whole):
         prototypes[scale] = prototypes[scale] | {"maps": np.concatenate([maps, maps[::-1]])}
     return dataclasses.replace(
         whole,
-        model=create_model(config, whole.model.num_prototypes),
+        model=create_model(config, whole.model.num_prototypes, ((0, False), (1, True))),
         config=config,
         variables=meshes.replicate(whole.mesh, stored | {"prototypes": prototypes}),
     )

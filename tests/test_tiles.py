@@ -263,7 +263,7 @@ def test_a_run_in_tiles_is_resumed_and_predicts_what_it_was_judged_by(tmp_path):
     config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
     config.update_from_flattened_dict(tiny.FIELDS | {
         "category": "bottle", "tiles": (2, 2), "tile_overlap": 16, "num_seen": 1,
-        "total_steps": 2, "checkpoint.every_steps": 1, "memory.patches": 8,
+        "total_steps": 2, "checkpoint.every_steps": 1, "memory.patches": 8, "average_turns": True,
     })  # fmt: skip
     folder = tmp_path / "work" / "bottle"
 
@@ -279,6 +279,7 @@ def test_a_run_in_tiles_is_resumed_and_predicts_what_it_was_judged_by(tmp_path):
     detector = prediction.load(folder)
     assert detector.image_size == (112, 112)
     assert detector.model.num_prototypes == 4
+    assert len(detector.model.turns) > 1
     names = [f"{tmp_path}/raw/bottle/{name}.png" for name in whole]
     maps, found = detector(names)
     assert {x.shape for x in maps} == {(100, 90)}

@@ -49,6 +49,9 @@ class PRN(nn.Module):
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       tiling: of the images whose tiles it sees; None: it sees whole images. The region of interest
         is that of the whole image: what a tile has of it, `mask` says.
+      turns: quarter turns against the clock, and whether left and right are swapped then: the
+        logits are the mean of the image's, turned in each of these ways, turned back. Not in
+        training. The first changes nothing.
       grouped_convs: see `backbone.Conv`.
       dtype: compute type; parameters, statistics, distances and logits are float32.
     """
@@ -71,6 +74,7 @@ class PRN(nn.Module):
     num_centres: int = 1
     trained: bool = True
     tiling: Tiling | None = None
+    turns: tuple[tuple[int, bool], ...] = ((0, False),)
     grouped_convs: bool = False
     dtype: Dtype = jnp.float32
 
@@ -120,10 +124,13 @@ class PRN(nn.Module):
         train: bool = False,
     ) -> tuple[Float[Array, "b height width"], Float[Array, "b d"]]:
         """Logits and descriptors of images, or of tiles that count where `mask` is 1."""
-        looks = [self._stages(image, times) for times in self.doublings]
         mask = self._interest(image, mask)
+        turns = self.turns[:1] if train or self.is_initializing() else self.turns
+        looks = [self._stages(_turned(image, turns), times) for times in self.doublings]
         found = sum(x.decode(y, train) for x, y in zip((self, *self.closer), looks)) / len(looks)
-        return jnp.where(mask > 0, found, OUTSIDE), describe(image, looks[0][1:-1], mask)
+        found = _mean_turned_back(found, turns)
+        features = tuple(_apart(x, len(turns))[0] for x in looks[0][1:-1])
+        return jnp.where(mask > 0, found, OUTSIDE), describe(image, features, mask)
 
     def distance(self, descriptor: Float[Array, "b d"]) -> Float[Array, " b"]:
         """`WholeImage`'s distances."""
@@ -209,6 +216,31 @@ class PRN(nn.Module):
         return tuple(spec.gain * x for x in self.backbone(enlarged))
 
 
+def _turned(images: Array, turns: tuple[tuple[int, bool], ...]) -> Array:
+    """Images [b, h, w, c] in each turn, mirrored then, as in `synthesis.pose`: [b * turns, ...].
+
+    An image's turns are neighbours: some exports know no other batch of any size.
+    """
+    if len(turns) == 1:
+        return images
+    turned = [(jnp.rot90(images, quarters, (1, 2)), mirrored) for quarters, mirrored in turns]
+    turned = [jnp.flip(x, 2) if mirrored else x for x, mirrored in turned]
+    return jnp.stack(turned, axis=1).reshape(-1, *images.shape[1:])
+
+
+def _mean_turned_back(maps: Array, turns: tuple[tuple[int, bool], ...]) -> Array:
+    """The mean over an image's turns of their maps, turned back: [b, h, w]."""
+    parts = [(jnp.flip(x, 2) if y else x, q) for x, (q, y) in zip(_apart(maps, len(turns)), turns)]
+    return sum(jnp.rot90(x, -quarters, (1, 2)) for x, quarters in parts) / len(turns)
+
+
+def _apart(joined: Array, parts: int) -> Array:
+    """What was joined by `_turned`: [parts, b, ...], of any b."""
+    if parts == 1:
+        return joined[None]
+    return jnp.moveaxis(joined.reshape(-1, parts, *joined.shape[1:]), 1, 0)
+
+
 def _halve(maps: Array, times: int) -> Array:
     """Means over 2x2 pixels, so many times."""
     for _ in range(times):
@@ -224,12 +256,15 @@ def compute_dtype(config: ConfigDict) -> Dtype:
     return jnp.dtype(config.dtype).type
 
 
-def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
+def create_model(
+    config: ConfigDict, num_prototypes: int, turns: tuple[tuple[int, bool], ...] = ()
+) -> PRN:
     """The network of a configuration (see configs/default.py), of an earlier version's too.
 
     Args:
       config: the configuration.
       num_prototypes: per scale; with tiles, per scale and place of a tile.
+      turns: see `PRN`; default: none but as the image is.
     """
     memory, decoder = config.get("memory", {}), config.get("decoder", {})
     # Before there was a memory, no steps meant as many as `epochs` says.
@@ -257,5 +292,6 @@ def create_model(config: ConfigDict, num_prototypes: int) -> PRN:
         num_centres=num_prototypes,
         trained=trained,
         tiling=tiling if tiling.count > 1 else None,
+        turns=turns or PRN.turns,
         dtype=compute_dtype(config),
     )

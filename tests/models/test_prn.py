@@ -62,6 +62,34 @@ def test_two_looks_are_the_mean_of_two_networks_with_one_backbone():
     np.testing.assert_allclose(found, sum(alone) / 2, rtol=1e-5, atol=1e-5)
 
 
+def test_a_map_may_be_the_mean_over_turns():
+    turns = ((0, False), (1, True), (3, False))
+    plain = PRN(attention_layers=0, num_prototypes=2, decoder_channels=(8, 8, 8))
+    variables, image = init(plain, (64, 64)), draw(2, (64, 64))
+    model = plain.clone(turns=turns)
+    assert jax.tree.structure(init(model, (64, 64))) == jax.tree.structure(variables)
+    step = jax.jit(plain.apply, static_argnames="method")
+    expected = 0
+    for quarters, mirrored in turns:
+        turned = np.rot90(image, quarters, (1, 2))
+        turned = np.asarray(step(variables, turned[:, :, ::-1] if mirrored else turned))
+        turned = turned[:, :, ::-1] if mirrored else turned
+        expected = expected + np.rot90(turned, -quarters, (1, 2)) / 3
+    found, distance = jax.jit(model.apply, static_argnames="method")(
+        variables, image, method="inspect"
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(found - step(variables, image)).max() > 1e-3
+    # The whole image is described as it is, and training sees each image once.
+    np.testing.assert_allclose(distance, step(variables, image, method="inspect")[1], rtol=1e-5)
+    train = {"train": True, "mutable": ["batch_stats"]}
+    steps = [
+        jax.jit(jax.vmap(lambda x, m=m: m.apply(variables, x[None], **train)[0], axis_name="data"))
+        for m in (plain, model)
+    ]
+    np.testing.assert_array_equal(*(x(image) for x in steps))
+
+
 @pytest.mark.parametrize("doublings", [(0,), (1,), (2,), (0, 1)])
 def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings):
     model = PRN(doublings=doublings, num_patches=4, trained=False)
