@@ -214,7 +214,8 @@ def get_config() -> ConfigDict:
     config.synthesis.augment_normal = 0.0
     config.synthesis.shift = 0.02
     # Whether samples of every kind are flipped and turned by quarters, as far as the normal images
-    # show that the product has no pose (synthesis/pose.py). Beyond the paper.
+    # show that the product has no pose (synthesis/pose.py). Beyond the paper; what it is worth:
+    # docs/experiments_fast.md, 29.
     config.synthesis.turns = False
 
     # --- scoring and evaluation ------------------------------------------------------------------

@@ -10,7 +10,10 @@ from prn_jax.configs import fast
 
 
 def get_config() -> ConfigDict:
-    """Returns the small network, which sees each image as it is and enlarged."""
+    """Returns the small network, which sees each image as it is, enlarged, and turned."""
     config = fast.get_config()
     config.backbone.doublings = (0, 1)
+    # Of products without a pose alone, as the normal images tell (docs/experiments_fast.md, 29).
+    config.synthesis.turns = True
+    config.average_turns = True
     return config
