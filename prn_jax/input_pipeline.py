@@ -348,7 +348,10 @@ def turns(config: ConfigDict, data: CategoryData) -> tuple[Turn, ...]:
     """In which the images to train on, or their tiles, could lie as well."""
     data = in_tiles(config, data)
     found = tuple(free_turns(data.train.image, data.roi))
-    logging.info("%s: maps are the mean over %d of 8 turns", config.category, len(found))
+    logging.info(
+        "%s: maps are the mean over %d of 8 turns, at so many times the work of prediction "
+        "(average_turns=False: over one)", config.category, len(found),
+    )  # fmt: skip
     return found
 
 
