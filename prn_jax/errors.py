@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 
@@ -54,6 +55,11 @@ def shown_first(names: Sequence[str | os.PathLike], most: int = 5) -> str:
 def first_line(error: Exception) -> str:
     """What another library's error says first; its type, where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def normal_form(name: str) -> str:
+    """A name as names are compared: with "ü" as one character, though a Mac writes two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def is_plain(name: str) -> bool:

@@ -1,47 +1,107 @@
 """What the fields of a configuration may be: refused before anything is computed."""
 
-import unicodedata
+import functools
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, normal_form
 
-# Fields of the synthesis, what they must be, and how that is said.
-_SYNTHESIS = (
-    # Without one of these there is nothing to paste.
-    (("attempts", "max_pastes", "max_textures", "shuffle_grid"), lambda x: x >= 1, "1 or more"),
+# Fields, what each must be by itself, and how that is said. NaN is nothing of it.
+_RANGES = (
     (
         (
-            "augment_normal",
-            "augment_seen",
-            "extended_colour",
-            "extended_opaque",
-            "extended_spatial",
-            "extended_together",
-            "self_source",
-            "visible_share",
+            "batch_size",
+            "checkpoint.keep",
+            "decoder.width",
+            "epochs",
+            "eval_batch_size",
+            "log_every",
+            "optimizer.learning_rate",
+            "prototypes.iterations",
+            "prototypes.max_images",
+            "score_pixels",
+        ),
+        lambda x: x > 0,
+        "a number greater than 0",
+    ),
+    (
+        (
+            "attention.layers",
+            "loss.dice_weight",
+            "loss.focal_gamma",
+            "loss.focal_weight",
+            "memory.patches",
+            "num_seen",
+            "optimizer.clip",
+            "optimizer.weight_decay",
+            "synthesis.min_area",
+            "synthesis.operations",
+            "synthesis.perlin_max_exponent",
+            "synthesis.shift",
+            "synthesis.simulated_contrast",
+            "synthesis.softness",
+            "synthesis.visible_change",
+        ),
+        lambda x: x >= 0,
+        "0 or more",
+    ),
+    (
+        # Without one of these there is nothing to paste.
+        (
+            "synthesis.attempts",
+            "synthesis.max_pastes",
+            "synthesis.max_textures",
+            "synthesis.shuffle_grid",
+        ),
+        lambda x: x >= 1,
+        "1 or more",
+    ),
+    (
+        (
+            "loss.focal_alpha",
+            "synthesis.augment_normal",
+            "synthesis.augment_seen",
+            "synthesis.extended_colour",
+            "synthesis.extended_opaque",
+            "synthesis.extended_spatial",
+            "synthesis.extended_together",
+            "synthesis.self_source",
+            "synthesis.visible_share",
         ),
         lambda x: 0 <= x <= 1,
         "a share from 0 to 1",
     ),
     (
-        ("extended_opacity", "extended_scale", "simulated_opacity"),
+        ("data.holdout", "optimizer.average", "optimizer.warmup"),
+        lambda x: 0 <= x < 1,
+        "a share from 0 to below 1",
+    ),
+    (("prototypes.ratio",), lambda x: 0 < x <= 1, "a share, 1 at most"),
+    (
+        (
+            "synthesis.extended_opacity",
+            "synthesis.extended_scale",
+            "synthesis.simulated_opacity",
+        ),
         lambda x: len(x) == 2 and 0 < x[0] <= x[1],
         "the least and the most, greater than 0",
     ),
+    # TensorFlow's draws take 31 bits of a seed, NumPy's 32.
+    (("seed",), lambda x: 0 <= x < 2**31, f"0 to {2**31 - 1}"),
+    (("split_seed",), lambda x: 0 <= x < 2**32, f"0 to {2**32 - 1}"),
+    (("total_steps",), lambda x: x >= -1, "-1, 0 or more"),
+    (("decoder.stride",), lambda x: x in (1, 2, 4), "1, 2 or 4"),
+    (("memory.window",), lambda x: x == 0 or (x > 0 and x % 2), "0 or an odd number of places"),
     (
-        (
-            "min_area",
-            "operations",
-            "perlin_max_exponent",
-            "shift",
-            "simulated_contrast",
-            "softness",
-            "visible_change",
-        ),
-        lambda x: x >= 0,
-        "0 or more",
+        ("thresholds.false_alarms",),
+        lambda x: all(0 < rate < 1 for rate in x),
+        "shares between 0 and 1",
+    ),
+    (
+        ("attention.divisions",),
+        lambda x: x and all(isinstance(n, int) and n >= 1 for n in x),
+        "whole numbers >= 1",
     ),
 )
 
@@ -62,25 +122,13 @@ def checked(config: ConfigDict) -> ConfigDict:
         )
     with config.ignore_type(), config.unlocked():
         config.image_size = size
-    config.category = unicodedata.normalize("NFC", config.category)  # as a Mac does not write it
+    config.category = normal_form(config.category)
     _check_tiles(config)
-    positive = {
-        "batch_size": config.batch_size,
-        "eval_batch_size": config.eval_batch_size,
-        "epochs": config.epochs,
-        "score_pixels": config.score_pixels,
-        "log_every": config.log_every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "prototypes.iterations": config.prototypes.iterations,
-        "prototypes.max_images": config.prototypes.max_images,
-        "optimizer.learning_rate": config.optimizer.learning_rate,
-        "decoder.width": config.decoder.width,
-    }
-    for field, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{field}={value}: give a number greater than 0")
-    if config.total_steps < -1:
-        raise UserError(f"total_steps={config.total_steps}: give -1, 0 or more")
+    for names, fits, mend in _RANGES:
+        for name in names:
+            value = functools.reduce(getattr, name.split("."), config)
+            if not fits(value):
+                raise UserError(f"{name}={value}: give {mend}")
     if config.total_steps == 0 and not config.memory.patches:
         config.memory.patches = 4096
     if config.total_steps < 0 and config.sampling.normal <= 0:
@@ -88,7 +136,7 @@ def checked(config: ConfigDict) -> ConfigDict:
             f"sampling.normal={config.sampling.normal}: epochs are passes over normal images; give "
             "total_steps"
         )
-    _check_memory(config.memory)
+    _check_some("memory.scales", config.memory.scales, (1, 2, 3))
     if config.total_steps and not (config.prototypes.enabled or spares_prototypes(config.memory)):
         raise UserError(
             f"memory.scales={tuple(config.memory.scales)}: without prototypes "
@@ -101,50 +149,12 @@ def checked(config: ConfigDict) -> ConfigDict:
             "the distance to memory.patches: give 0"
         )
     _check_some("backbone.doublings", config.backbone.doublings, (0, 1, 2))
-    if config.decoder.stride not in (1, 2, 4):
-        raise UserError(f"decoder.stride={config.decoder.stride}: give 1, 2 or 4")
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
-    not_negative = {
-        "attention.layers": config.attention.layers,
-        "loss.dice_weight": config.loss.dice_weight,
-        "loss.focal_gamma": config.loss.focal_gamma,
-        "loss.focal_weight": config.loss.focal_weight,
-        "optimizer.clip": config.optimizer.clip,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-        "num_seen": config.num_seen,
-    }
-    for field, value in not_negative.items():
-        if not value >= 0:
-            raise UserError(f"{field}={value}: give 0 or more")
-    if not 0 < config.prototypes.ratio <= 1:
-        raise UserError(f"prototypes.ratio={config.prototypes.ratio}: give a share, 1 at most")
-    if not 0 <= config.loss.focal_alpha <= 1:
-        raise UserError(f"loss.focal_alpha={config.loss.focal_alpha}: give a share from 0 to 1")
-    shares = {
-        "data.holdout": config.data.holdout,
-        "optimizer.warmup": config.optimizer.warmup,
-        "optimizer.average": config.optimizer.average,
-    }
-    for field, value in shares.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{field}={value}: give a share from 0 to below 1")
-    _check_synthesis(config.synthesis)
-    if not all(0 < rate < 1 for rate in config.thresholds.false_alarms):
-        raise UserError(
-            f"thresholds.false_alarms={config.thresholds.false_alarms}: give shares between 0 and 1"
-        )
-    # TensorFlow's draws take 31 bits of a seed, NumPy's 32.
-    for field, bits in (("seed", 31), ("split_seed", 32)):
-        if not 0 <= config[field] < 2**bits:
-            raise UserError(f"{field}={config[field]}: give 0 to {2**bits - 1}")
+    opacity = config.synthesis.extended_opacity, config.synthesis.simulated_opacity
+    if max(most for _, most in opacity) > 1:
+        raise UserError("synthesis.*_opacity: give at most 1")
     _check_some("attention.scales", config.attention.scales, (1, 2, 3))
-    if not config.attention.divisions or not all(
-        isinstance(x, int) and x >= 1 for x in config.attention.divisions
-    ):
-        raise UserError(
-            f"attention.divisions={config.attention.divisions}: give whole numbers >= 1"
-        )
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={config.dtype!r}: give auto, float32 or bfloat16")
     return config
@@ -177,20 +187,3 @@ def _check_some(field: str, values: Sequence[int], choices: tuple[int, ...]) -> 
 def spares_prototypes(memory: ConfigDict) -> bool:
     """Whether a network without prototypes has residuals of all scales or of none, as it must."""
     return not memory.patches or bool(memory.window) or len(memory.scales) == 3
-
-
-def _check_memory(memory: ConfigDict) -> None:
-    if memory.patches < 0:
-        raise UserError(f"memory.patches={memory.patches}: give 0 or more")
-    _check_some("memory.scales", memory.scales, (1, 2, 3))
-    if memory.window < 0 or (memory.window and memory.window % 2 == 0):
-        raise UserError(f"memory.window={memory.window}: give 0 or an odd number of places")
-
-
-def _check_synthesis(synthesis: ConfigDict) -> None:
-    for names, fits, mend in _SYNTHESIS:
-        for name in names:
-            if not fits(synthesis[name]):
-                raise UserError(f"synthesis.{name}={synthesis[name]}: give {mend}")
-    if max(synthesis.extended_opacity[1], synthesis.simulated_opacity[1]) > 1:
-        raise UserError("synthesis.*_opacity: give at most 1")

@@ -148,6 +148,11 @@ def _open_streams() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def discard_output() -> None:
+    """Sends to nowhere what is printed from now on, where nobody reads: Python would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def leave_convs_to_eigen() -> None:
     """On CPUs: keeps XLA from giving convs to YNNPACK, as jaxlib 0.10.1 began to.
 
@@ -215,7 +220,7 @@ def _guarded(main: Callable[[], None], afterwards: str) -> None:
     except KeyboardInterrupt:
         _exit(stopped.format("interrupted"), 128 + signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it fails once more
+        discard_output()
         _exit("nobody reads what is printed any more", 128 + signal.SIGPIPE)
     except Exception as error:
         if not (message := _explained(error)):

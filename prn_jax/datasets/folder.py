@@ -11,7 +11,7 @@ from etils import epath
 
 from prn_jax import images
 from prn_jax.datasets import base, layout
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, normal_form, shown
 
 
 class Folder(base.AnomalyBuilder, skip_registration=True):
@@ -34,12 +34,10 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         if not os.fspath(manual_dir):  # not the current folder: there are none
             return {}
         root = pathlib.Path(os.path.realpath(os.path.expanduser(manual_dir)))
-        there = [root] if _is_product(root) else layout.out_of_place(root, ())
-        return {
-            layout.normal_form(path.name): path
-            for path in there
-            if _is_product(path) and (path == root or not path.name.startswith("."))
-        }
+        if _is_product(root):
+            return {normal_form(root.name): root}
+        there = (x for x in layout.out_of_place(root, ()) if not x.name.startswith("."))
+        return {normal_form(path.name): path for path in there if _is_product(path)}
 
     @classmethod
     def _records_name(
@@ -54,7 +52,7 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
           UserError: there are those of several products.
         """
         root = pathlib.Path(os.path.realpath(os.path.expanduser(manual_dir)))
-        source = root if layout.normal_form(root.name) == category else root / category
+        source = root if normal_form(root.name) == category else root / category
         digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
         name = re.sub(r"[^\w.-]+", "_", category)[:60] + f"-{digest}"
         if category in cls.sources(manual_dir):
@@ -89,8 +87,9 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         root = pathlib.Path(os.path.expanduser(manual_dir))
         products = [root / category] if category else layout.out_of_place(root, ())
         for product in (root, *products):
-            if not _is_product(product):
-                layout.check_train(product / "train")
+            if _is_product(product):
+                continue
+            layout.check_train(product / "train")
             if product != root and (found := _train_folder(product)):
                 base.say_once(
                     logging.WARNING,
@@ -125,7 +124,7 @@ def _is_product(folder: pathlib.Path) -> bool:
 
 def _train_folder(folder: pathlib.Path) -> str:
     """What in a folder that is no product may be meant for training images; "" where nothing."""
-    if _is_product(folder) or images.why_skipped(folder) != "a folder":
+    if images.why_skipped(folder) != "a folder":
         return ""
     found = (x.name for x in layout.out_of_place(folder, ()) if x.name.lower() == "train")
     return next(found, "")

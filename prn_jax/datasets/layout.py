@@ -6,13 +6,12 @@ import difflib
 import os
 import pathlib
 import re
-import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
 
 from prn_jax import images
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, normal_form, shown
 from prn_jax.masks import read_mask_file
 
 GOOD = "good"
@@ -59,7 +58,6 @@ def list_images(
     stray.extend(skipped)
     found: dict[str, pathlib.Path] = {}
     for path in files:
-        # A Mac writes "ü" as two characters: one name, whoever wrote it.
         stem = normal_form(shown(path.relative_to(folder).with_suffix("").as_posix()))
         if stem in found:
             raise UserError(
@@ -68,11 +66,6 @@ def list_images(
             )
         found[stem] = path
     return found
-
-
-def normal_form(name: str) -> str:
-    """A name with each accented letter as one character, in which names are compared."""
-    return unicodedata.normalize("NFC", name)
 
 
 def out_of_place(folder: pathlib.Path, known: Iterable[str]) -> list[pathlib.Path]:

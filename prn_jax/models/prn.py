@@ -128,8 +128,10 @@ class PRN(nn.Module):
         turns = self.turns[:1] if train or self.is_initializing() else self.turns
         looks = [self._stages(_turned(image, turns), times) for times in self.doublings]
         found = sum(x.decode(y, train) for x, y in zip((self, *self.closer), looks)) / len(looks)
-        found = _mean_turned_back(found, turns)
-        features = tuple(_apart(x, len(turns))[0] for x in looks[0][1:-1])
+        features = looks[0][1:-1]
+        if len(turns) > 1:
+            found = _mean_turned_back(found, turns)
+            features = tuple(_apart(x, len(turns))[0] for x in features)
         return jnp.where(mask > 0, found, OUTSIDE), describe(image, features, mask)
 
     def distance(self, descriptor: Float[Array, "b d"]) -> Float[Array, " b"]:
@@ -223,21 +225,24 @@ def _turned(images: Array, turns: tuple[tuple[int, bool], ...]) -> Array:
     """
     if len(turns) == 1:
         return images
-    turned = [(jnp.rot90(images, quarters, (1, 2)), mirrored) for quarters, mirrored in turns]
-    turned = [jnp.flip(x, 2) if mirrored else x for x, mirrored in turned]
+    turned = []
+    for quarters, mirrored in turns:
+        x = jnp.rot90(images, quarters, (1, 2))
+        turned.append(jnp.flip(x, 2) if mirrored else x)
     return jnp.stack(turned, axis=1).reshape(-1, *images.shape[1:])
 
 
 def _mean_turned_back(maps: Array, turns: tuple[tuple[int, bool], ...]) -> Array:
     """The mean over an image's turns of their maps, turned back: [b, h, w]."""
-    parts = [(jnp.flip(x, 2) if y else x, q) for x, (q, y) in zip(_apart(maps, len(turns)), turns)]
-    return sum(jnp.rot90(x, -quarters, (1, 2)) for x, quarters in parts) / len(turns)
+    back = [
+        jnp.rot90(jnp.flip(x, 2) if mirrored else x, -quarters, (1, 2))
+        for x, (quarters, mirrored) in zip(_apart(maps, len(turns)), turns)
+    ]
+    return sum(back) / len(turns)
 
 
 def _apart(joined: Array, parts: int) -> Array:
     """What was joined by `_turned`: [parts, b, ...], of any b."""
-    if parts == 1:
-        return joined[None]
     return jnp.moveaxis(joined.reshape(-1, parts, *joined.shape[1:]), 1, 0)
 
 

@@ -10,7 +10,6 @@ and the seconds that it took. A file that is still being written is waited for. 
 import json
 import os
 import pathlib
-import sys
 
 from absl import flags
 
@@ -45,8 +44,8 @@ def main(folders: list[str]) -> None:
     try:
         for path in arrivals:
             print(json.dumps(watch.verdict(detector.inspect, path, asked)), flush=True)
-    except BrokenPipeError:  # Python would complain of it once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the end that a line's program wants
+        program.discard_output()
 
 
 def run() -> None:

@@ -11,8 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from configs import default
-from prn_jax import datasets, fields, images, input_pipeline
-from prn_jax.datasets import layout
+from prn_jax import datasets, errors, fields, images, input_pipeline
 from prn_jax.errors import UserError
 from prn_jax.masks import read_mask_file
 from tests import trees
@@ -228,4 +227,4 @@ def test_a_lower_case_mask_of_kolektor_is_asked_about(tmp_path):
 
 
 def test_names_are_compared_in_one_form():
-    assert layout.normal_form("a\u0308") == "ä"
+    assert errors.normal_form("a\u0308") == "ä"
