@@ -59,9 +59,9 @@ def get_config() -> ConfigDict:
     # Stages 1 to 3 are frozen: the prototypes are made with them. Stage 4 feeds only the decoder;
     # whether the paper trains it is not known. MemSeg, its ancestor, does.
     config.backbone.train_stage4 = True
-    # How many times the image is doubled (bilinearly) before the backbone, 0 to 2: maps of twice
-    # the detail at four times the work, each time. Of several, (0, 1), each has prototypes and a
-    # decoder of its own, and the logits are the mean. Beyond the paper.
+    # How many times the image is doubled (bilinearly) before the backbone, -2 to 2: maps of twice
+    # the detail at four times the work, each time; below 0 it is halved. Of several, (0, 1), each
+    # has prototypes and a decoder of its own, and the logits are the mean. Beyond the paper.
     config.backbone.doublings = (0,)
 
     config.prototypes = ConfigDict()

@@ -148,7 +148,13 @@ def checked(config: ConfigDict) -> ConfigDict:
             f"memory.window={config.memory.window} has no place in total_steps=0, where the map is "
             "the distance to memory.patches: give 0"
         )
-    _check_some("backbone.doublings", config.backbone.doublings, (0, 1, 2))
+    _check_some("backbone.doublings", config.backbone.doublings, (-2, -1, 0, 1, 2))
+    multiple = 32 * 2 ** max(0, -min(config.backbone.doublings))
+    if any(x % multiple for x in config.image_size):
+        raise UserError(
+            f"image_size={config.image_size}: backbone.doublings={config.backbone.doublings} halves "
+            f"it; give multiples of {multiple}"
+        )
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
     opacity = config.synthesis.extended_opacity, config.synthesis.simulated_opacity

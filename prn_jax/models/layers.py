@@ -64,6 +64,15 @@ def upsample(x: Float[Array, "b h w c"], doublings: int = 1) -> Float[Array, "b 
     return x
 
 
+def resized(x: Float[Array, "b h w c"], doublings: int) -> Float[Array, "b h2 w2 c"]:
+    """Maps doubled so many times, see `upsample`; below 0 halved, by means over 2x2 pixels."""
+    if doublings >= 0:
+        return upsample(x, doublings)
+    batch, height, width, channels = x.shape
+    side = 2**-doublings
+    return x.reshape(batch, height // side, side, width // side, side, channels).mean(axis=(2, 4))
+
+
 def _double(x: Array, axis: int) -> Array:
     """Doubles one spatial axis: each pixel yields two, a quarter pixel to either side of it."""
     size = x.shape[axis]

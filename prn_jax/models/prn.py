@@ -10,7 +10,7 @@ from prn_jax.models.attention import MultiSizeAttention
 from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.decoder import Decoder
 from prn_jax.models.fusion import MultiScaleFusion
-from prn_jax.models.layers import Dtype, conv1x1, upsample
+from prn_jax.models.layers import Dtype, conv1x1, resized
 from prn_jax.models.memory import PatchMap, PatchResidual, window_residuals
 from prn_jax.models.prototypes import PrototypeResidual
 from prn_jax.models.whole import OUTSIDE, RegionOfInterest, WholeImage, describe
@@ -32,7 +32,7 @@ class PRN(nn.Module):
       backbone_name: a key of `BACKBONES`.
       train_stage4: stage 4 is trained (its variables are `params`) or frozen.
       doublings: of each look, how many times the image is doubled before the backbone, for finer
-        maps. The looks share the backbone; the logits are the mean of theirs.
+        maps; below 0: halved. The looks share the backbone; the logits are the mean of theirs.
       num_prototypes: k, the same for each scale; of tiles, those of all places.
       attention_layers: N of Fig. 3.
       attention_scales: scales that have them, counted from 1.
@@ -164,7 +164,7 @@ class PRN(nn.Module):
                 maps[scale] = layer(maps[scale])
         maps = self._fuse(self.fuse_attended, maps)
         logits = self.decoder(deepest, maps, stem if self.use_stem else None, train)
-        return _halve(logits, doublings)
+        return resized(logits[..., None], -doublings)[..., 0]
 
     def _residuals(self, scale: int, features: Array) -> list[Array]:
         """A scale's residuals, float32: of whole maps, of a window, of the memory."""
@@ -211,11 +211,11 @@ class PRN(nn.Module):
         return (3, *self._channels())
 
     def _stages(self, image: Array, doublings: int) -> tuple[Array, ...]:
-        """What enters stage 1, and the stages' maps: strides 2, 4, 8, 16, 32 once enlarged."""
+        """What enters stage 1, and the stages' maps: strides 2, 4, 8, 16, 32 once resized."""
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
-        enlarged = upsample(normalised.astype(self.dtype), doublings)
-        return tuple(spec.gain * x for x in self.backbone(enlarged))
+        seen = resized(normalised.astype(self.dtype), doublings)
+        return tuple(spec.gain * x for x in self.backbone(seen))
 
 
 def _turned(images: Array, turns: tuple[tuple[int, bool], ...]) -> Array:
@@ -244,14 +244,6 @@ def _mean_turned_back(maps: Array, turns: tuple[tuple[int, bool], ...]) -> Array
 def _apart(joined: Array, parts: int) -> Array:
     """What was joined by `_turned`: [parts, b, ...], of any b."""
     return jnp.moveaxis(joined.reshape(-1, parts, *joined.shape[1:]), 1, 0)
-
-
-def _halve(maps: Array, times: int) -> Array:
-    """Means over 2x2 pixels, so many times."""
-    for _ in range(times):
-        batch, height, width = maps.shape
-        maps = maps.reshape(batch, height // 2, 2, width // 2, 2).mean(axis=(2, 4))
-    return maps
 
 
 def compute_dtype(config: ConfigDict) -> Dtype:

@@ -47,12 +47,26 @@ def test_an_enlarged_image_is_what_the_network_sees():
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_two_looks_are_the_mean_of_two_networks_with_one_backbone():
-    both = PRN(doublings=(0, 1), attention_layers=0, num_prototypes=2, decoder_channels=(8, 8, 8))
+def test_a_halved_image_is_what_the_network_sees():
+    plain, model = (PRN(doublings=(n,), attention_layers=0) for n in (0, -1))
+    image = draw(2, (64, 128)) // 4 * 4  # of four such levels the mean is a whole one
+    variables = init(model, (64, 128))
+    part = jnp.ones((32, 64), jnp.uint8)
+    smaller = variables | {"prototypes": variables["prototypes"] | {"interest": {"mask": part}}}
+    halved = image.astype(int).reshape(2, 32, 2, 64, 2, 3).mean(axis=(2, 4)).astype(np.uint8)
+    logits = jax.jit(plain.apply)(smaller, halved)
+    expected = np.asarray(jax.image.resize(logits, (2, 64, 128), "bilinear"))
+    found = jax.jit(model.apply)(variables, image)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("looks", [(0, 1), (-1, 0)])
+def test_two_looks_are_the_mean_of_two_networks_with_one_backbone(looks):
+    both = PRN(doublings=looks, attention_layers=0, num_prototypes=2, decoder_channels=(8, 8, 8))
     variables, image = init(both, (64, 64)), draw(2, (64, 64))
     found = jax.jit(both.apply)(variables, image)
     alone = []
-    for times, further in ((0, "none"), (1, "closer_0")):
+    for times, further in zip(looks, ("none", "closer_0")):
         # What follows the backbone is the network's own, or that of the further look.
         own = {kind: tree | tree.get(further, {}) for kind, tree in variables.items()}
         for tree in own.values():
@@ -90,20 +104,23 @@ def test_a_map_may_be_the_mean_over_turns():
     np.testing.assert_array_equal(*(x(image) for x in steps))
 
 
-@pytest.mark.parametrize("doublings", [(0,), (1,), (2,), (0, 1)])
+@pytest.mark.parametrize("doublings", [(0,), (1,), (2,), (-1,), (-2, 1)])
 def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings):
     model = PRN(doublings=doublings, num_patches=4, trained=False)
-    image = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.uint8)
+    image = jax.ShapeDtypeStruct((2, 128, 256, 3), jnp.uint8)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    assert jax.eval_shape(model.apply, variables, image).shape == (2, 64, 96)
+    assert jax.eval_shape(model.apply, variables, image).shape == (2, 128, 256)
 
 
-def test_an_image_is_not_enlarged_without_end():
+def test_an_image_is_not_resized_without_end():
     config = default.get_config()
-    for wrong in ((3,), (), (0, 0), (1.0,), (True,)):
+    for wrong in ((3,), (-3,), (), (0, 0), (1.0,), (True,)):
         config.backbone.doublings = wrong
-        with pytest.raises(UserError, match=r"backbone.doublings=.*: give some of 0, 1, 2, each"):
+        with pytest.raises(UserError, match=r"doublings=.*: give some of -2, -1, 0, 1, 2, each"):
             checked(config)
+    config.backbone.doublings, config.image_size = (0, -1), (256, 96)
+    with pytest.raises(UserError, match=r"image_size=.*96.*doublings=.*; give multiples of 64"):
+        checked(config)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
