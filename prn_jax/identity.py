@@ -60,6 +60,7 @@ _BEFORE = {
     "decoder.stride": 1,
     "decoder.width": 1.0,
     "loss.dice_weight": 0.0,
+    "loss.each_look": False,
     "optimizer.average": 0.0,
     "optimizer.clip": 0.0,
     "prototypes.max_images": 1000,

@@ -174,22 +174,18 @@ def make_train_step(
     """
 
     def loss_fn(params, batch_stats, frozen, batch):
-        logits, updates = model.apply(
+        looks, updates = model.apply(
             {"params": params, "batch_stats": batch_stats, **frozen},
             batch["image"],
-            train=True,
+            method="each_look",
             mutable=["batch_stats"],
         )
+        if not config.loss.each_look:
+            looks = [sum(looks) / len(looks)]
         mask = batch["mask"].astype(jnp.float32)
-        smooth_l1 = losses.smooth_l1(logits, mask)
-        focal = losses.focal(logits, mask, config.loss.focal_alpha, config.loss.focal_gamma)
-        loss = smooth_l1 + config.loss.focal_weight * focal
-        values = {"smooth_l1": smooth_l1, "focal": focal}
-        if config.loss.dice_weight:
-            values["dice"] = losses.dice(logits, mask, lambda x: jax.lax.psum(x, "data"))
-            loss += config.loss.dice_weight * values["dice"]
+        of_looks = [_losses(config, logits, mask) for logits in looks]
+        values = jax.tree.map(lambda *x: sum(x) / len(x), *of_looks)
         # Averaged before it is differentiated, so that the gradient is the global batch's.
-        values["loss"] = loss
         values = jax.lax.pmean(values, "data")
         return values["loss"], (values, updates["batch_stats"])
 
@@ -210,6 +206,18 @@ def make_train_step(
 
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
     return jax.jit(mapped, donate_argnums=0)
+
+
+def _losses(config: ConfigDict, logits: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """The loss on one device's part of the batch, and what it is the weighed sum of."""
+    smooth_l1 = losses.smooth_l1(logits, mask)
+    focal = losses.focal(logits, mask, config.loss.focal_alpha, config.loss.focal_gamma)
+    loss = smooth_l1 + config.loss.focal_weight * focal
+    values = {"smooth_l1": smooth_l1, "focal": focal}
+    if config.loss.dice_weight:
+        values["dice"] = losses.dice(logits, mask, lambda x: jax.lax.psum(x, "data"))
+        loss += config.loss.dice_weight * values["dice"]
+    return values | {"loss": loss}
 
 
 def _decay(most: float, step: jax.Array) -> jax.Array:

@@ -104,30 +104,35 @@ class PRN(nn.Module):
         self.decoder = Decoder(self.decoder_channels, self.decoder_stride, self.dtype)
         self.closer = [self.clone(doublings=(times,)) for times in self.doublings[1:]]
 
-    def __call__(
-        self, image: UInt8[Array, "b height width 3"], train: bool = False
-    ) -> Float[Array, "b height width"]:
+    def __call__(self, image: UInt8[Array, "b height width 3"]) -> Float[Array, "b height width"]:
         """Logits of a batch of images; height and width are divisible by 32."""
-        return self.inspect(image, train)[0]
+        return self.inspect(image)[0]
+
+    def each_look(
+        self, image: UInt8[Array, "b height width 3"]
+    ) -> list[Float[Array, "b height width"]]:
+        """In training: the logits of each look by itself, of images as they are."""
+        mask = self._interest(image, None)
+        looks = [self._stages(image, times) for times in self.doublings]
+        return [jnp.where(mask > 0, x, OUTSIDE) for x in self._decode_each(looks, train=True)]
 
     def inspect(
-        self, image: UInt8[Array, "b height width 3"], train: bool = False
+        self, image: UInt8[Array, "b height width 3"]
     ) -> tuple[Float[Array, "b height width"], Float[Array, " b"]]:
         """Logits, `OUTSIDE` where the image does not count, and `WholeImage`'s distances."""
-        logits, descriptor = self.look(image, train=train)
+        logits, descriptor = self.look(image)
         return logits, self.whole(descriptor)
 
     def look(
         self,
         image: UInt8[Array, "b height width 3"],
         mask: UInt8[Array, "b height width"] | None = None,
-        train: bool = False,
     ) -> tuple[Float[Array, "b height width"], Float[Array, "b d"]]:
         """Logits and descriptors of images, or of tiles that count where `mask` is 1."""
         mask = self._interest(image, mask)
-        turns = self.turns[:1] if train or self.is_initializing() else self.turns
+        turns = self.turns[:1] if self.is_initializing() else self.turns
         looks = [self._stages(_turned(image, turns), times) for times in self.doublings]
-        found = sum(x.decode(y, train) for x, y in zip((self, *self.closer), looks)) / len(looks)
+        found = sum(self._decode_each(looks, train=False)) / len(looks)
         features = looks[0][1:-1]
         if len(turns) > 1:
             found = _mean_turned_back(found, turns)
@@ -145,6 +150,9 @@ class PRN(nn.Module):
         if self.is_initializing():
             self.interest(*self.tiling.size)
         return jnp.ones(image.shape[1:3], jnp.uint8) if mask is None else mask
+
+    def _decode_each(self, looks: list[tuple[Array, ...]], train: bool) -> list[Array]:
+        return [x.decode(stages, train) for x, stages in zip((self, *self.closer), looks)]
 
     def decode(self, stages: tuple[Array, ...], train: bool) -> Float[Array, "b height width"]:
         """Logits of one look's maps, see `_stages`: all that comes after the backbone."""

@@ -96,9 +96,11 @@ def test_a_map_may_be_the_mean_over_turns():
     assert np.abs(found - step(variables, image)).max() > 1e-3
     # The whole image is described as it is, and training sees each image once.
     np.testing.assert_allclose(distance, step(variables, image, method="inspect")[1], rtol=1e-5)
-    train = {"train": True, "mutable": ["batch_stats"]}
+    train = {"method": "each_look", "mutable": ["batch_stats"]}
     steps = [
-        jax.jit(jax.vmap(lambda x, m=m: m.apply(variables, x[None], **train)[0], axis_name="data"))
+        jax.jit(
+            jax.vmap(lambda x, m=m: m.apply(variables, x[None], **train)[0][0], axis_name="data")
+        )
         for m in (plain, model)
     ]
     np.testing.assert_array_equal(*(x(image) for x in steps))
