@@ -121,8 +121,8 @@ def get_config() -> ConfigDict:
     # Weight of the batch's Dice loss, which the many pixels without an anomaly do not water down;
     # 0: none. Beyond the paper.
     config.loss.dice_weight = 0.0
-    # Of several looks (backbone.doublings): True: each has the loss of its own logits, and learns as
-    # it would alone; False: the loss is that of their mean. Beyond the paper; what it is worth:
+    # Of several looks (backbone.doublings): True: each has the loss of its own logits, and learns
+    # as it would alone; False: the loss is that of their mean. Beyond the paper; what it is worth:
     # docs/experiments_fast.md, 32.
     config.loss.each_look = False
 

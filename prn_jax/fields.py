@@ -149,11 +149,12 @@ def checked(config: ConfigDict) -> ConfigDict:
             "the distance to memory.patches: give 0"
         )
     _check_some("backbone.doublings", config.backbone.doublings, (-2, -1, 0, 1, 2))
-    multiple = 32 * 2 ** max(0, -min(config.backbone.doublings))
+    least = min(config.backbone.doublings)
+    multiple = 32 * 2 ** max(0, -least)
     if any(x % multiple for x in config.image_size):
         raise UserError(
-            f"image_size={config.image_size}: backbone.doublings={config.backbone.doublings} halves "
-            f"it; give multiples of {multiple}"
+            f"image_size={config.image_size}: to be halved (backbone.doublings has {least}) it must "
+            f"be multiples of {multiple}"
         )
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")

@@ -75,7 +75,7 @@ def assert_same(a, b, **tolerance):
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-@pytest.mark.parametrize("looks,each", [((0,), False), ((-1, 0), False), ((-1, 0), True)])
+@pytest.mark.parametrize(("looks", "each"), [((0,), False), ((-1, 0), False), ((-1, 0), True)])
 def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, each):
     """Against NumPy in float64, of the logits that the network had before the step."""
     config = small_config(**{"loss.focal_weight": 3.0, "loss.focal_alpha": 0.3,
