@@ -153,8 +153,8 @@ def checked(config: ConfigDict) -> ConfigDict:
     multiple = 32 * 2 ** max(0, -least)
     if any(x % multiple for x in config.image_size):
         raise UserError(
-            f"image_size={config.image_size}: backbone.doublings has {least}, which halves it; give "
-            f"multiples of {multiple}"
+            f"image_size={config.image_size}: backbone.doublings has {least}, so it is halved: "
+            f"give multiples of {multiple}"
         )
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
