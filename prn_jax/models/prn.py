@@ -152,6 +152,7 @@ class PRN(nn.Module):
         return jnp.ones(image.shape[1:3], jnp.uint8) if mask is None else mask
 
     def _decode_each(self, looks: list[tuple[Array, ...]], train: bool) -> list[Array]:
+        """Logits of each look, of its maps."""
         return [x.decode(stages, train) for x, stages in zip((self, *self.closer), looks)]
 
     def decode(self, stages: tuple[Array, ...], train: bool) -> Float[Array, "b height width"]:
