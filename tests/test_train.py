@@ -75,12 +75,12 @@ def assert_same(a, b, **tolerance):
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-@pytest.mark.parametrize("each", [False, True])
-def test_the_loss_is_smooth_l1_and_weighed_focal_of_each_look_or_of_their_mean(images, each):
+@pytest.mark.parametrize(("looks", "each"), [((0,), False), ((-1, 0), False), ((-1, 0), True)])
+def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, each):
     """Against NumPy in float64, of the logits that the network had before the step."""
     config = small_config(**{"loss.focal_weight": 3.0, "loss.focal_alpha": 0.3,
                              "loss.focal_gamma": 2.0, "loss.each_look": each,
-                             "backbone.doublings": (-1, 0)})  # fmt: skip
+                             "backbone.doublings": looks})  # fmt: skip
     mesh = meshes.create_mesh(jax.devices()[:1])
     model = train.create_model(config, 2)
     variables = meshes.replicate(mesh, train.initialise(config, model))

@@ -105,7 +105,7 @@ class PRN(nn.Module):
         self.closer = [self.clone(doublings=(times,)) for times in self.doublings[1:]]
 
     def __call__(self, image: UInt8[Array, "b height width 3"]) -> Float[Array, "b height width"]:
-        """Logits of a batch of images; height and width are divisible by 32."""
+        """Logits of a batch of images; each look's height and width are divisible by 32."""
         return self.inspect(image)[0]
 
     def each_look(
@@ -113,8 +113,8 @@ class PRN(nn.Module):
     ) -> list[Float[Array, "b height width"]]:
         """In training: the logits of each look by itself, of images as they are."""
         mask = self._interest(image, None)
-        looks = [self._stages(image, times) for times in self.doublings]
-        return [jnp.where(mask > 0, x, OUTSIDE) for x in self._decode_each(looks, train=True)]
+        each, _ = self._decode_each(image, train=True)
+        return [jnp.where(mask > 0, x, OUTSIDE) for x in each]
 
     def inspect(
         self, image: UInt8[Array, "b height width 3"]
@@ -131,9 +131,8 @@ class PRN(nn.Module):
         """Logits and descriptors of images, or of tiles that count where `mask` is 1."""
         mask = self._interest(image, mask)
         turns = self.turns[:1] if self.is_initializing() else self.turns
-        looks = [self._stages(_turned(image, turns), times) for times in self.doublings]
-        found = sum(self._decode_each(looks, train=False)) / len(looks)
-        features = looks[0][1:-1]
+        each, features = self._decode_each(_turned(image, turns), train=False)
+        found = sum(each) / len(each)
         if len(turns) > 1:
             found = _mean_turned_back(found, turns)
             features = tuple(_apart(x, len(turns))[0] for x in features)
@@ -151,9 +150,11 @@ class PRN(nn.Module):
             self.interest(*self.tiling.size)
         return jnp.ones(image.shape[1:3], jnp.uint8) if mask is None else mask
 
-    def _decode_each(self, looks: list[tuple[Array, ...]], train: bool) -> list[Array]:
-        """Logits of each look, of its maps."""
-        return [x.decode(stages, train) for x, stages in zip((self, *self.closer), looks)]
+    def _decode_each(self, image: Array, train: bool) -> tuple[list[Array], tuple[Array, ...]]:
+        """Logits of each look, and the first one's frozen features."""
+        looks = [self._stages(image, times) for times in self.doublings]
+        each = [x.decode(stages, train) for x, stages in zip((self, *self.closer), looks)]
+        return each, looks[0][1:-1]
 
     def decode(self, stages: tuple[Array, ...], train: bool) -> Float[Array, "b height width"]:
         """Logits of one look's maps, see `_stages`: all that comes after the backbone."""

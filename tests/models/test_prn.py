@@ -60,12 +60,13 @@ def test_a_halved_image_is_what_the_network_sees():
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_two_looks_are_the_mean_of_two_networks_with_one_backbone():
-    both = PRN(doublings=(-1, 1), attention_layers=0, num_prototypes=2, decoder_channels=(8, 8, 8))
+@pytest.mark.parametrize("looks", [(0, 1), (-1, 0)])
+def test_two_looks_are_the_mean_of_two_networks_with_one_backbone(looks):
+    both = PRN(doublings=looks, attention_layers=0, num_prototypes=2, decoder_channels=(8, 8, 8))
     variables, image = init(both, (64, 64)), draw(2, (64, 64))
     found = jax.jit(both.apply)(variables, image)
     alone = []
-    for times, further in ((-1, "none"), (1, "closer_0")):
+    for times, further in zip(looks, ("none", "closer_0")):
         # What follows the backbone is the network's own, or that of the further look.
         own = {kind: tree | tree.get(further, {}) for kind, tree in variables.items()}
         for tree in own.values():
@@ -105,7 +106,7 @@ def test_a_map_may_be_the_mean_over_turns():
     np.testing.assert_array_equal(*(x(image) for x in steps))
 
 
-@pytest.mark.parametrize("doublings", [(0,), (1,), (2,), (-1,), (-2, 1)])
+@pytest.mark.parametrize("doublings", [(0,), (1,), (2,), (0, 1), (-1,), (-2, 1)])
 def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings):
     model = PRN(doublings=doublings, num_patches=4, trained=False)
     image = jax.ShapeDtypeStruct((2, 128, 256, 3), jnp.uint8)
