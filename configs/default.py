@@ -61,7 +61,9 @@ def get_config() -> ConfigDict:
     config.backbone.train_stage4 = True
     # How many times the image is doubled (bilinearly) before the backbone, -2 to 2: maps of twice
     # the detail at four times the work, each time; below 0 it is halved. Of several, (0, 1), each
-    # has prototypes and a decoder of its own, and the logits are the mean. Beyond the paper.
+    # has prototypes and a decoder of its own, and the logits are the mean. (): two looks by
+    # `image_size`, as it is and halved from 256 pixels on, else as it is and doubled. Beyond the
+    # paper.
     config.backbone.doublings = (0,)
 
     config.prototypes = ConfigDict()

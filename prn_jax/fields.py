@@ -148,6 +148,9 @@ def checked(config: ConfigDict) -> ConfigDict:
             f"memory.window={config.memory.window} has no place in total_steps=0, where the map is "
             "the distance to memory.patches: give 0"
         )
+    if not config.backbone.doublings:
+        # None below 128 pixels: it is too coarse.
+        config.backbone.doublings = (-1, 0) if min(config.image_size) >= 256 else (0, 1)
     _check_some("backbone.doublings", config.backbone.doublings, (-2, -1, 0, 1, 2))
     least = min(config.backbone.doublings)
     multiple = 32 * 2 ** max(0, -least)

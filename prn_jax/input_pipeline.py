@@ -121,7 +121,30 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
             )
         logging.info("%s: the region of interest is %.0f %%", category, 100 * roi.mean())
         train, test = (within(split, roi, category) for split in (train, test))
-    source = test if builder.seen_from == "test" else train
+    normal, seen, test, held = _divide(config, category, train, test, builder.seen_from)
+    foreground, is_object = cached_foreground(normal.image, builder.data_path)
+    logging.info("%s: foreground: %s", category, describe(foreground, is_object))
+    if roi is not None:
+        inside = foreground & roi
+        foreground = np.where(inside.any(axis=(1, 2), keepdims=True), inside, roi)
+    return CategoryData(
+        train=normal,
+        seen=seen,
+        test=test,
+        held=held,
+        foreground=foreground,
+        is_object=is_object,
+        white_level=int(metadata.get("white_level", 0)),
+        fingerprint=builder.fingerprint or "",
+        roi=roi,
+    )
+
+
+def _divide(
+    config: ConfigDict, category: str, train: Images, test: Images, seen_from: str
+) -> tuple[Images, Images, Images, Images]:
+    """Normal images, seen anomalies, test images and held ones: none of them twice."""
+    source = test if seen_from == "test" else train
     anomalous = source.select(source.label == 1)
     check_num_seen(config.num_seen, category, len(anomalous), int(anomalous.has_mask.sum()))
     seen = set(seen_split(anomalous.id, config.num_seen, config.split_seed, anomalous.has_mask))
@@ -156,22 +179,7 @@ def load_category(config: ConfigDict, category: str) -> CategoryData:
             "%s: no anomalous images are left to test on: lower num_seen (%d) to keep some",
             category, config.num_seen,
         )  # fmt: skip
-    foreground, is_object = cached_foreground(normal.image, builder.data_path)
-    logging.info("%s: foreground: %s", category, describe(foreground, is_object))
-    if roi is not None:
-        inside = foreground & roi
-        foreground = np.where(inside.any(axis=(1, 2), keepdims=True), inside, roi)
-    return CategoryData(
-        train=normal,
-        seen=drawn,
-        test=test,
-        held=held,
-        foreground=foreground,
-        is_object=is_object,
-        white_level=int(metadata.get("white_level", 0)),
-        fingerprint=builder.fingerprint or "",
-        roi=roi,
-    )
+    return normal, drawn, test, held
 
 
 # --- the plan -------------------------------------------------------------------------------------

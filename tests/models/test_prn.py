@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import default
+from configs import default, mvtec_plus
 from prn_jax import evaluate
 from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
@@ -116,13 +116,23 @@ def test_an_enlarged_image_has_a_map_of_its_own_size_without_training(doublings)
 
 def test_an_image_is_not_resized_without_end():
     config = default.get_config()
-    for wrong in ((3,), (-3,), (), (0, 0), (1.0,), (True,)):
+    for wrong in ((3,), (-3,), (0, 0), (1.0,), (True,)):
         config.backbone.doublings = wrong
         with pytest.raises(UserError, match=r"doublings=.*: give some of -2, -1, 0, 1, 2, each"):
             checked(config)
     config.backbone.doublings, config.image_size = (0, -1), (256, 96)
     with pytest.raises(UserError, match=r"image_size=.*96.*doublings has -1.*multiples of 64"):
         checked(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "looks"), [((256, 256), (-1, 0)), ((512, 224), (0, 1)), ((128, 128), (0, 1))]
+)
+def test_two_looks_by_the_size_of_the_image(size, looks):
+    config = mvtec_plus.get_config()
+    config.image_size = size
+    once = checked(config)
+    assert once.backbone.doublings == checked(once).backbone.doublings == looks
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
