@@ -61,10 +61,13 @@ def get_config() -> ConfigDict:
     config.backbone.train_stage4 = True
     # How many times the image is doubled (bilinearly) before the backbone, -2 to 2: maps of twice
     # the detail at four times the work, each time; below 0 it is halved. Of several, (0, 1), each
-    # has prototypes and a decoder of its own, and the logits are the mean. (): two looks by
-    # `image_size`, as it is and halved from 256 pixels on, else as it is and doubled. Beyond the
-    # paper.
+    # has prototypes and a decoder of its own. (): two looks by `image_size`, as it is and halved
+    # from 256 pixels on, else as it is and doubled. Beyond the paper.
     config.backbone.doublings = (0,)
+    # Of several looks, mean: the logits are the mean of theirs, and so is what the loss is of;
+    # max: each has a loss of its own, and of their logits the highest counts: what one look finds
+    # is found; auto: max from 256 pixels on, else mean (docs/experiments_fast.md, 33).
+    config.backbone.merge = "mean"
 
     config.prototypes = ConfigDict()
     # Whether the residuals of whole maps are an input. False: for ablations.
@@ -123,10 +126,6 @@ def get_config() -> ConfigDict:
     # Weight of the batch's Dice loss, which the many pixels without an anomaly do not water down;
     # 0: none. Beyond the paper.
     config.loss.dice_weight = 0.0
-    # Of several looks (backbone.doublings): True: each has the loss of its own logits, and learns
-    # as it would alone; False: the loss is that of their mean. Beyond the paper; what it is worth:
-    # docs/experiments_fast.md, 32.
-    config.loss.each_look = False
 
     # --- training ------------------------------------------------------------------------------
     # Images per step over all devices and hosts. PRNet: 48; ours divides among more devices.

@@ -12,9 +12,9 @@ from prn_jax.configs import fast
 def get_config() -> ConfigDict:
     """Returns the small network, which sees each image in two sizes, and turned."""
     config = fast.get_config()
-    # Two looks by the image's size, each with its own loss (docs/experiments_fast.md, 32 and 33).
+    # Two looks by the image's size (docs/experiments_fast.md, 33).
     config.backbone.doublings = ()
-    config.loss.each_look = True
+    config.backbone.merge = "auto"
     # Of products without a pose alone, as the normal images tell (docs/experiments_fast.md, 29).
     config.synthesis.turns = True
     config.average_turns = True

@@ -148,9 +148,11 @@ def checked(config: ConfigDict) -> ConfigDict:
             f"memory.window={config.memory.window} has no place in total_steps=0, where the map is "
             "the distance to memory.patches: give 0"
         )
+    large = min(config.image_size) >= 256
     if not config.backbone.doublings:
-        # None below 128 pixels: it is too coarse.
-        config.backbone.doublings = (-1, 0) if min(config.image_size) >= 256 else (0, 1)
+        config.backbone.doublings = (-1, 0) if large else (0, 1)  # one of 64 pixels is too coarse
+    if config.backbone.merge == "auto":
+        config.backbone.merge = "max" if large else "mean"
     _check_some("backbone.doublings", config.backbone.doublings, (-2, -1, 0, 1, 2))
     least = min(config.backbone.doublings)
     multiple = 32 * 2 ** max(0, -least)
@@ -159,6 +161,8 @@ def checked(config: ConfigDict) -> ConfigDict:
             f"image_size={config.image_size}: backbone.doublings has {least}, so it is halved: "
             f"give multiples of {multiple}"
         )
+    if config.backbone.merge not in ("mean", "max"):
+        raise UserError(f"backbone.merge={config.backbone.merge!r}: give auto, mean or max")
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
     opacity = config.synthesis.extended_opacity, config.synthesis.simulated_opacity

@@ -174,17 +174,15 @@ def make_train_step(
     """
 
     def loss_fn(params, batch_stats, frozen, batch):
-        looks, updates = model.apply(
+        learning, updates = model.apply(
             {"params": params, "batch_stats": batch_stats, **frozen},
             batch["image"],
-            method="each_look",
+            method="learning",
             mutable=["batch_stats"],
         )
-        if not config.loss.each_look:
-            looks = [sum(looks) / len(looks)]
         mask = batch["mask"].astype(jnp.float32)
-        of_looks = [_losses(config, logits, mask) for logits in looks]
-        values = jax.tree.map(lambda *x: sum(x) / len(x), *of_looks)
+        each = [_losses(config, logits, mask) for logits in learning]
+        values = jax.tree.map(lambda *x: sum(x) / len(x), *each)
         # Averaged before it is differentiated, so that the gradient is the global batch's.
         values = jax.lax.pmean(values, "data")
         return values["loss"], (values, updates["batch_stats"])

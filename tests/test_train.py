@@ -75,11 +75,11 @@ def assert_same(a, b, **tolerance):
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-@pytest.mark.parametrize(("looks", "each"), [((0,), False), ((-1, 0), False), ((-1, 0), True)])
-def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, each):
+@pytest.mark.parametrize(("looks", "merge"), [((0,), "mean"), ((-1, 0), "mean"), ((-1, 0), "max")])
+def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, merge):
     """Against NumPy in float64, of the logits that the network had before the step."""
     config = small_config(**{"loss.focal_weight": 3.0, "loss.focal_alpha": 0.3,
-                             "loss.focal_gamma": 2.0, "loss.each_look": each,
+                             "loss.focal_gamma": 2.0, "backbone.merge": merge,
                              "backbone.doublings": looks})  # fmt: skip
     mesh = meshes.create_mesh(jax.devices()[:1])
     model = train.create_model(config, 2)
@@ -87,7 +87,8 @@ def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, each):
     (batch,) = make_batches(config)(0, 1)
 
     def forward(*of):
-        found = model.apply(*of, method="each_look", mutable=["batch_stats"])[0]
+        # Whatever is learnt from, what each look gives by itself.
+        found = model.clone(merge="max").apply(*of, method="learning", mutable=["batch_stats"])[0]
         return jnp.stack(found, axis=1)
 
     mapped = jax.shard_map(forward, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
@@ -98,7 +99,7 @@ def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, each):
     step = train.make_train_step(config, model, optimizer, mesh)
     _, values = step(state, frozen, meshes.shard(mesh, batch))
     logits = np.float64(logits)  # [b, looks, h, w]
-    logits = logits if each else logits.mean(axis=1, keepdims=True)
+    logits = logits if merge == "max" else logits.mean(axis=1, keepdims=True)
     p, truth = 1 / (1 + np.exp(-logits)), batch["mask"][:, None] == 1
     towards = np.where(truth, p, 1 - p)
     focal = -np.where(truth, 0.3, 0.7) * (1 - towards) ** 2 * np.log(towards)

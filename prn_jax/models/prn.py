@@ -1,5 +1,7 @@
 """PRN, assembled as the paper's Fig. 3 draws it."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,9 @@ class PRN(nn.Module):
       backbone_name: a key of `BACKBONES`.
       train_stage4: stage 4 is trained (its variables are `params`) or frozen.
       doublings: of each look, how many times the image is doubled before the backbone, for finer
-        maps; below 0: halved. The looks share the backbone; the logits are the mean of theirs.
+        maps; below 0: halved. The looks share the backbone.
+      merge: of several looks, "mean": the logits are the mean of theirs; "max": each learns by
+        itself, and the highest counts.
       num_prototypes: k, the same for each scale; of tiles, those of all places.
       attention_layers: N of Fig. 3.
       attention_scales: scales that have them, counted from 1.
@@ -59,6 +63,7 @@ class PRN(nn.Module):
     backbone_name: str = "resnet18"
     train_stage4: bool = True
     doublings: tuple[int, ...] = (0,)
+    merge: str = "mean"
     num_prototypes: int = 1
     attention_layers: int = 3
     attention_scales: tuple[int, ...] = (1, 2, 3)
@@ -108,13 +113,14 @@ class PRN(nn.Module):
         """Logits of a batch of images; each look's height and width are divisible by 32."""
         return self.inspect(image)[0]
 
-    def each_look(
+    def learning(
         self, image: UInt8[Array, "b height width 3"]
     ) -> list[Float[Array, "b height width"]]:
-        """In training: the logits of each look by itself, of images as they are."""
+        """In training: the logits, each of which has a loss, of images as they are."""
         mask = self._interest(image, None)
         each, _ = self._decode_each(image, train=True)
-        return [jnp.where(mask > 0, x, OUTSIDE) for x in each]
+        learning = each if self.merge == "max" else [self._merged(each)]
+        return [jnp.where(mask > 0, x, OUTSIDE) for x in learning]
 
     def inspect(
         self, image: UInt8[Array, "b height width 3"]
@@ -132,7 +138,7 @@ class PRN(nn.Module):
         mask = self._interest(image, mask)
         turns = self.turns[:1] if self.is_initializing() else self.turns
         each, features = self._decode_each(_turned(image, turns), train=False)
-        found = sum(each) / len(each)
+        found = self._merged(each)
         if len(turns) > 1:
             found = _mean_turned_back(found, turns)
             features = tuple(_apart(x, len(turns))[0] for x in features)
@@ -155,6 +161,9 @@ class PRN(nn.Module):
         looks = [self._stages(image, times) for times in self.doublings]
         each = [x.decode(stages, train) for x, stages in zip((self, *self.closer), looks)]
         return each, looks[0][1:-1]
+
+    def _merged(self, each: list[Array]) -> Array:
+        return functools.reduce(jnp.maximum, each) if self.merge == "max" else sum(each) / len(each)
 
     def decode(self, stages: tuple[Array, ...], train: bool) -> Float[Array, "b height width"]:
         """Logits of one look's maps, see `_stages`: all that comes after the backbone."""
@@ -281,6 +290,7 @@ def create_model(
         backbone_name=config.backbone.name,
         train_stage4=config.backbone.train_stage4,
         doublings=tuple(config.backbone.get("doublings", (0,))),
+        merge=config.backbone.get("merge", "mean"),
         # Without training no whole map is compared with; a checkpoint keeps its form.
         num_prototypes=num_prototypes * tiling.count if trained else 1,
         attention_layers=config.attention.layers,

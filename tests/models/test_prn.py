@@ -60,9 +60,15 @@ def test_a_halved_image_is_what_the_network_sees():
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("looks", [(0, 1), (-1, 0)])
-def test_two_looks_are_the_mean_of_two_networks_with_one_backbone(looks):
-    both = PRN(doublings=looks, attention_layers=0, num_prototypes=2, decoder_channels=(8, 8, 8))
+@pytest.mark.parametrize(
+    ("looks", "merge", "merged"),
+    [((0, 1), "mean", lambda x: sum(x) / 2), ((-1, 0), "max", lambda x: np.maximum(*x))],
+)
+def test_two_looks_are_two_networks_with_one_backbone(looks, merge, merged):
+    both = PRN(
+        doublings=looks, merge=merge, attention_layers=0, num_prototypes=2,
+        decoder_channels=(8, 8, 8),
+    )  # fmt: skip
     variables, image = init(both, (64, 64)), draw(2, (64, 64))
     found = jax.jit(both.apply)(variables, image)
     alone = []
@@ -73,7 +79,7 @@ def test_two_looks_are_the_mean_of_two_networks_with_one_backbone(looks):
             tree.pop("closer_0", None)
         alone.append(jax.jit(both.clone(doublings=(times,)).apply)(own, image))
     assert np.abs(alone[0] - alone[1]).max() > 0.01
-    np.testing.assert_allclose(found, sum(alone) / 2, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, merged(alone), rtol=1e-5, atol=1e-5)
 
 
 def test_a_map_may_be_the_mean_over_turns():
@@ -96,7 +102,7 @@ def test_a_map_may_be_the_mean_over_turns():
     assert np.abs(found - step(variables, image)).max() > 1e-3
     # The whole image is described as it is, and training sees each image once.
     np.testing.assert_allclose(distance, step(variables, image, method="inspect")[1], rtol=1e-5)
-    train = {"method": "each_look", "mutable": ["batch_stats"]}
+    train = {"method": "learning", "mutable": ["batch_stats"]}
     steps = [
         jax.jit(
             jax.vmap(lambda x, m=m: m.apply(variables, x[None], **train)[0][0], axis_name="data")
@@ -126,13 +132,22 @@ def test_an_image_is_not_resized_without_end():
 
 
 @pytest.mark.parametrize(
-    ("size", "looks"), [((256, 256), (-1, 0)), ((512, 224), (0, 1)), ((128, 128), (0, 1))]
+    ("size", "looks", "merge"),
+    [
+        ((256, 256), (-1, 0), "max"),
+        ((512, 224), (0, 1), "mean"),
+        ((128, 128), (0, 1), "mean"),
+    ],
 )
-def test_two_looks_by_the_size_of_the_image(size, looks):
+def test_two_looks_by_the_size_of_the_image(size, looks, merge):
     config = mvtec_plus.get_config()
     config.image_size = size
-    once = checked(config)
-    assert once.backbone.doublings == checked(once).backbone.doublings == looks
+    for _ in range(2):
+        config = checked(config)
+        assert (config.backbone.doublings, config.backbone.merge) == (looks, merge)
+    config.backbone.merge = "least"
+    with pytest.raises(UserError, match=r"backbone.merge='least': give auto, mean or max"):
+        checked(config)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
