@@ -51,7 +51,7 @@ _NETWORK_FIELDS = (
     "tile_overlap",
     "tiles",
 )
-# What a field amounted to before there was one.
+# What a field amounted to before there was one, or since there is none.
 _BEFORE = {
     "attention.scales": [1, 2, 3],
     "average_turns": False,
@@ -62,6 +62,7 @@ _BEFORE = {
     "decoder.stride": 1,
     "decoder.width": 1.0,
     "loss.dice_weight": 0.0,
+    "loss.each_look": False,
     "optimizer.average": 0.0,
     "optimizer.clip": 0.0,
     "prototypes.max_images": 1000,
