@@ -6,16 +6,20 @@ import json
 import logging
 import os
 import pathlib
+import sys
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import prn_jax
 from prn_jax import images, pictures, watch
 from prn_jax.errors import UserError
 from prn_jax.images import read_array
 from prn_jax.predict import Inspection
 from prn_jax.tables import Asked
+from tests import processes
 
 
 class Over(Exception):
@@ -223,3 +227,34 @@ def test_what_is_written_anew_while_others_are_judged_is_not_read_half(tmp_path)
     rest.append(whole)
     assert next(arrivals) == other
     assert other.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_line_s_program_reads_verdicts_until_it_wants_no_more(trained, tmp_path):
+    folder = tmp_path / "camera [1]"
+    folder.mkdir()
+    picture(folder / "Ü 1.png")
+    (folder / "2.png").write_bytes(b"no image")
+    process = processes.start(
+        [sys.executable, "launch/watch.py", str(folder), f"--checkpoint={trained}",
+         "--existing", "--every=0.1"]
+    )  # fmt: skip
+    timer = threading.Timer(240, process.kill)
+    timer.start()
+    rows = [json.loads(process.stdout.readline()) for _ in range(2)]
+    picture(folder / "3.png", level=200)
+    rows.append(json.loads(process.stdout.readline()))
+    process.stdout.close()
+    picture(folder / "4.png")
+    errors = process.stderr.read()
+    status = process.wait()
+    timer.cancel()
+    assert status == 0, errors
+    assert "Traceback" not in errors
+    assert rows[2]["image"] == str(folder / "3.png")
+    found = {pathlib.Path(row["image"]).name: row for row in rows}
+    assert found.keys() == {"Ü 1.png", "2.png", "3.png"}
+    assert "not a readable image" in found["2.png"]["error"]
+    _, scores = prn_jax.load(trained)([folder / "Ü 1.png", folder / "3.png"])
+    given = [found[name]["score"] for name in ("Ü 1.png", "3.png")]
+    np.testing.assert_allclose(given, scores, atol=1e-6)
