@@ -95,6 +95,17 @@ def get_config() -> ConfigDict:
     # 0: none.
     config.memory.window = 0
 
+    # A map beside the network's, of what training did not teach it: `weight` times log(d / r), of
+    # the distance d to the nearest of `patches` per scale of another frozen backbone and of its
+    # mean r at a normal image's farthest place, is added to the logits. 0: none. Beyond the paper.
+    config.patch_map = ConfigDict()
+    config.patch_map.weight = 0.0
+    config.patch_map.patches = 4096
+    config.patch_map.backbone = ConfigDict()
+    # Both as above; it is ResNet-18 that adds most (docs/experiments_fast.md, 35).
+    config.patch_map.backbone.name = "resnet18"
+    config.patch_map.backbone.weights = ""
+
     config.fusion = ConfigDict()
     # Whether scales are fused. False: for ablations.
     config.fusion.enabled = True

@@ -35,6 +35,7 @@ _RANGES = (
             "num_seen",
             "optimizer.clip",
             "optimizer.weight_decay",
+            "patch_map.weight",
             "synthesis.min_area",
             "synthesis.operations",
             "synthesis.perlin_max_exponent",
@@ -47,8 +48,9 @@ _RANGES = (
         "0 or more",
     ),
     (
-        # Without one of these there is nothing to paste.
+        # Without one of these there is nothing to paste, or to be near to.
         (
+            "patch_map.patches",
             "synthesis.attempts",
             "synthesis.max_pastes",
             "synthesis.max_textures",

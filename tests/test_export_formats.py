@@ -13,7 +13,7 @@ import pytest
 import sklearn.metrics
 
 import prn_jax
-from prn_jax import export, images
+from prn_jax import export, images, train
 from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
 from prn_jax.export import calibration, check
@@ -44,10 +44,14 @@ def metadata(kind, path):
 
 
 def tiled(whole):
-    """A network that looks at two tiles of 64x64, made of one that looks at whole images."""
+    """A network of two tiles of 64x64, with a patch map beside, made of one of whole images."""
     config = whole.config.copy_and_resolve_references()
     config.tiles, config.tile_overlap = (1, 2), 16
+    config.patch_map.weight, config.patch_map.patches = 2.0, 8
+    model = create_model(config, whole.model.num_prototypes, ((0, False), (1, True)))
+    fresh = train.initialise(config, model)
     stored = jax.device_get(whole.variables)
+    stored["backbone"] |= {"beside": fresh["backbone"]["beside"]}
     roi = np.ones((64, 112), np.uint8)
     roi[20:40, :50] = 0
     prototypes = stored["prototypes"] | {"interest": {"mask": roi}}
@@ -55,9 +59,14 @@ def tiled(whole):
         # Of the second tile's place the same in another order.
         maps = prototypes[scale]["maps"]
         prototypes[scale] = prototypes[scale] | {"maps": np.concatenate([maps, maps[::-1]])}
+    # Random, for the nearest to be one: what is not filled yet is 0.
+    values = np.random.default_rng(0).random
+    prototypes["beside"] = jax.tree.map(
+        lambda x: values(x.shape).astype(np.float32), fresh["prototypes"]["beside"]
+    )
     return dataclasses.replace(
         whole,
-        model=create_model(config, whole.model.num_prototypes, ((0, False), (1, True))),
+        model=model,
         config=config,
         variables=meshes.replicate(whole.mesh, stored | {"prototypes": prototypes}),
     )

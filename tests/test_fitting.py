@@ -51,3 +51,32 @@ def test_each_look_compares_with_what_it_sees_itself():
     for own, alone in ((both, found[(0,)]), (closer, found[(1,)])):
         np.testing.assert_allclose(own["scale_2"]["maps"], alone["scale_2"]["maps"], atol=1e-5)
         np.testing.assert_array_equal(own["memory_2"]["patches"], alone["memory_2"]["patches"])
+
+
+def test_what_stands_beside_a_trained_network_is_what_there_is_without_training():
+    tiny.register()
+    config = default.get_config()
+    config.update_from_flattened_dict(tiny.FIELDS)
+    config.seed, config.memory.patches, config.patch_map.patches = 3, 5, 5
+    config.patch_map.backbone.name, config.patch_map.backbone.weights = "tiny", "random"
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    mesh = meshes.create_mesh(jax.devices()[:1])
+
+    def fit(steps, weight):
+        config.total_steps, config.patch_map.weight = steps, weight
+        model = train.create_model(config, 2)
+        variables = meshes.replicate(mesh, train.create_variables(config, model))
+        stored = fitting.fit_prototypes(config, model, variables, images, mesh)
+        return jax.tree.map(np.asarray, (variables, stored))
+
+    (variables, stored), (_, plain), (alone, untrained) = fit(9, 0.5), fit(9, 0.0), fit(0, 0.0)
+    beside = stored.pop("beside")
+    jax.tree.map(np.testing.assert_array_equal, stored, plain)
+    del untrained["whole"]
+    jax.tree.map(np.testing.assert_array_equal, beside, untrained)
+    assert beside["patch_map"]["reference"] != 1
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        variables["backbone"]["beside"]["backbone"],
+        alone["backbone"]["backbone"],
+    )

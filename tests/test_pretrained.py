@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 from absl import logging
 
+from configs import default
 from prn_jax import pretrained
 from prn_jax.errors import UserError
 from prn_jax.models.backbone import create_backbone
@@ -304,3 +305,19 @@ def test_efficientnet_lite0s_package():
     kernel = arrays["_blocks.3._depthwise_conv.weight"].transpose(2, 3, 1, 0) * scale
     found = variables["backbone"]["blocks_3"]["depthwise_conv"]["kernel"]
     np.testing.assert_allclose(found, kernel, rtol=1e-5)
+
+
+def test_a_second_backbone_s_weights_are_missed_by_their_own_field(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # must not be asked
+    config = default.get_config()
+    config.backbone.weights = "random"
+    config.patch_map.backbone.weights = "nowhere.npz"
+    pretrained.check(config)  # it is not used
+    config.patch_map.weight = 2.0
+    with pytest.raises(UserError, match=r"^patch_map\.backbone\.weights: no file 'nowhere.npz'"):
+        pretrained.check(config)
+    config.patch_map.backbone.weights, config.patch_map.backbone.name = "", "resnet19"
+    with pytest.raises(UserError, match=r"^patch_map\.backbone\.name: no backbone 'resnet19'"):
+        pretrained.check(config)
+    config.total_steps = 0  # what it would stand beside is not there
+    pretrained.check(config)

@@ -264,6 +264,8 @@ def test_a_run_in_tiles_is_resumed_and_predicts_what_it_was_judged_by(tmp_path):
     config.update_from_flattened_dict(tiny.FIELDS | {
         "category": "bottle", "tiles": (2, 2), "tile_overlap": 16, "num_seen": 1,
         "total_steps": 2, "checkpoint.every_steps": 1, "memory.patches": 8, "average_turns": True,
+        "patch_map.weight": 0.5, "patch_map.patches": 8, "patch_map.backbone.name": "tiny",
+        "patch_map.backbone.weights": "random",
     })  # fmt: skip
     folder = tmp_path / "work" / "bottle"
 

@@ -14,6 +14,7 @@ from prn_jax.models import backbone
 class Tiny(nn.Module):
     """Features of four channels."""
 
+    stages: int = 4
     train_stage4: bool = True
     return_stem: bool = False
     dtype: object = None
@@ -21,7 +22,8 @@ class Tiny(nn.Module):
     @nn.compact
     def __call__(self, x):
         features = [x[:, ::2, ::2]] if self.return_stem else []
-        for name, size in zip(("one_conv", "two_conv", "three_conv", "four_conv"), (4, 2, 2, 2)):
+        names = ("one_conv", "two_conv", "three_conv", "four_conv")[: self.stages]
+        for name, size in zip(names, (4, 2, 2, 2)):
             collection = "params" if name == "four_conv" else "backbone"
             x = backbone.Conv(4, 1, size, collection=collection, name=name)(x)
             features.append(x)

@@ -147,14 +147,16 @@ class ResNet(nn.Module):
       blocks: how many in each of the four stages.
       bottleneck: bottlenecks instead of basic blocks.
       widening: factor on the inner channels of a bottleneck.
+      stages: how many of the four there are.
       train_stage4: the variables of stage 4 are `params`, and gradients reach them.
-      return_stem: what enters stage 1, at stride 2, comes before the four maps.
+      return_stem: what enters stage 1, at stride 2, comes before the stages' maps.
       dtype: compute type.
     """
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool = False
     widening: int = 1
+    stages: int = 4
     train_stage4: bool = True
     return_stem: bool = False
     dtype: Dtype = jnp.float32
@@ -165,7 +167,7 @@ class ResNet(nn.Module):
         stem = lax.stop_gradient(nn.relu(x))
         x = max_pool(stem)
         features = []
-        for stage, blocks in enumerate(self.blocks, start=1):
+        for stage, blocks in enumerate(self.blocks[: self.stages], start=1):
             trained = stage == 4 and self.train_stage4
             inner = 32 * 2**stage * self.widening
             for block in range(blocks):
@@ -225,12 +227,14 @@ class EfficientNetLite0(nn.Module):
     Stage 4 is all that lies behind the last map of stride 16.
 
     Attributes:
+      stages: how many of the four there are.
       train_stage4: the variables of stage 4 are `params`, and gradients reach them.
-      return_stem: what enters stage 1, at stride 2, comes before the four maps.
+      return_stem: what enters stage 1, at stride 2, comes before the stages' maps.
       grouped: see `Conv`.
       dtype: compute type.
     """
 
+    stages: int = 4
     train_stage4: bool = True
     return_stem: bool = False
     grouped: bool = False
@@ -261,6 +265,8 @@ class EfficientNetLite0(nn.Module):
             x = x if trained else lax.stop_gradient(x)
             if stage in LITE0_FEATURES:
                 features.append(x)
+            if len(features) == self.stages:
+                break
         return (stem, *features) if self.return_stem else tuple(features)
 
 
@@ -326,12 +332,12 @@ BACKBONES: dict[str, BackboneSpec] = {
 }
 
 
-def backbone_spec(name: str) -> BackboneSpec:
+def backbone_spec(name: str, field: str = "backbone") -> BackboneSpec:
     """The entry of `BACKBONES`; an unknown name raises `UserError` with the nearest one."""
     if name not in BACKBONES:
         nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"backbone.name: no backbone {name!r}; did you mean {nearest!r}? "
+            f"{field}.name: no backbone {name!r}; did you mean {nearest!r}? "
             f"There are {', '.join(BACKBONES)}."
         )
     return BACKBONES[name]
@@ -343,6 +349,7 @@ def create_backbone(
     dtype: Dtype = jnp.float32,
     return_stem: bool = False,
     grouped: bool = False,
+    stages: int = 4,
 ) -> nn.Module:
     """The module of a backbone.
 
@@ -355,12 +362,14 @@ def create_backbone(
       dtype: compute type; the variables are float32.
       return_stem: a map of stride 2, what enters stage 1, comes before the four.
       grouped: see `Conv`; a ResNet has no depthwise convs.
+      stages: how many there are; the maps are as many.
 
     Raises:
       UserError: there is no such backbone.
     """
     spec = backbone_spec(name)
     options = {"train_stage4": train_stage4, "return_stem": return_stem, "dtype": dtype}
+    options["stages"] = stages
     if spec.module is EfficientNetLite0:
         options["grouped"] = grouped
     return spec.module(**spec.arguments, **options)

@@ -28,10 +28,12 @@ class PRN(nn.Module):
     stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], untrained
     `patch_map/reference`, and those of `whole.py`: `interest/mask`, `whole/centres` and
     `whole/spread`). What comes after the backbone
-    is there once more for each further look, in `closer_i`.
+    is there once more for each further look, in `closer_i`; what a patch map beside the network
+    has of `backbone` and `prototypes` is in `beside`.
 
     Attributes:
       backbone_name: a key of `BACKBONES`.
+      stages: that it has; without training 3 do.
       train_stage4: stage 4 is trained (its variables are `params`) or frozen.
       doublings: of each look, how many times the image is doubled before the backbone, for finer
         maps; below 0: halved. The looks share the backbone.
@@ -51,6 +53,10 @@ class PRN(nn.Module):
       decoder_stride: of its finest level.
       num_centres: of `WholeImage`.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
+      beside_name: a key of `BACKBONES`: `beside_weight` times the untrained logits of a network
+        with that one, of the image as it is, is added to what is trained; "": none.
+      beside_weight: see there.
+      beside_patches: of that network, `num_patches`.
       tiling: of the images whose tiles it sees; None: it sees whole images. The region of interest
         is that of the whole image: what a tile has of it, `mask` says.
       turns: quarter turns against the clock, and whether left and right are swapped then: the
@@ -61,6 +67,7 @@ class PRN(nn.Module):
     """
 
     backbone_name: str = "resnet18"
+    stages: int = 4
     train_stage4: bool = True
     doublings: tuple[int, ...] = (0,)
     merge: str = "mean"
@@ -78,6 +85,9 @@ class PRN(nn.Module):
     decoder_stride: int = 1
     num_centres: int = 1
     trained: bool = True
+    beside_name: str = ""
+    beside_weight: float = 0.0
+    beside_patches: int = 4096
     tiling: Tiling | None = None
     turns: tuple[tuple[int, bool], ...] = ((0, False),)
     grouped_convs: bool = False
@@ -90,6 +100,7 @@ class PRN(nn.Module):
             self.dtype,
             return_stem=True,
             grouped=self.grouped_convs,
+            stages=self.stages,
         )
         self.scale = [PrototypeResidual(self.num_prototypes) for _ in range(SCALES)]
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
@@ -107,7 +118,10 @@ class PRN(nn.Module):
         ]
         self.fuse_attended = MultiScaleFusion(self.dtype)
         self.decoder = Decoder(self.decoder_channels, self.decoder_stride, self.dtype)
-        self.closer = [self.clone(doublings=(times,)) for times in self.doublings[1:]]
+        self.closer = [
+            self.clone(doublings=(times,), beside_name="") for times in self.doublings[1:]
+        ]
+        self.beside = untrained_beside(self) if self.beside_name else None
 
     def __call__(self, image: UInt8[Array, "b height width 3"]) -> Float[Array, "b height width"]:
         """Logits of a batch of images; each look's height and width are divisible by 32."""
@@ -142,6 +156,9 @@ class PRN(nn.Module):
         if len(turns) > 1:
             found = _mean_turned_back(found, turns)
             features = tuple(_apart(x, len(turns))[0] for x in features)
+        if self.beside:
+            (distance,), _ = self.beside._decode_each(image, train=False)
+            found += self.beside_weight * distance
         return jnp.where(mask > 0, found, OUTSIDE), describe(image, features, mask)
 
     def distance(self, descriptor: Float[Array, "b d"]) -> Float[Array, " b"]:
@@ -160,14 +177,14 @@ class PRN(nn.Module):
         """Logits of each look, and the first one's frozen features."""
         looks = [self._stages(image, times) for times in self.doublings]
         each = [x.decode(stages, train) for x, stages in zip((self, *self.closer), looks)]
-        return each, looks[0][1:-1]
+        return each, looks[0][1 : 1 + SCALES]
 
     def _merged(self, each: list[Array]) -> Array:
         return functools.reduce(jnp.maximum, each) if self.merge == "max" else sum(each) / len(each)
 
     def decode(self, stages: tuple[Array, ...], train: bool) -> Float[Array, "b height width"]:
         """Logits of one look's maps, see `_stages`: all that comes after the backbone."""
-        stem, *features, deepest = stages
+        stem, *features = stages[: 1 + SCALES]
         doublings = self.doublings[0]
         found = [self._residuals(scale, x) for scale, x in enumerate(features)]
         if not self.trained:
@@ -182,7 +199,7 @@ class PRN(nn.Module):
             for layer in layers:
                 maps[scale] = layer(maps[scale])
         maps = self._fuse(self.fuse_attended, maps)
-        logits = self.decoder(deepest, maps, stem if self.use_stem else None, train)
+        logits = self.decoder(stages[-1], maps, stem if self.use_stem else None, train)
         return resized(logits[..., None], -doublings)[..., 0]
 
     def _residuals(self, scale: int, features: Array) -> list[Array]:
@@ -213,7 +230,7 @@ class PRN(nn.Module):
     ) -> tuple[Float[Array, "b h w c"], ...]:
         """A look's frozen feature maps, float32: what prototypes are made of; see `_stages`."""
         stages = self._stages(image, self.doublings[look])
-        return tuple(x.astype(jnp.float32) for x in stages[1:-1])
+        return tuple(x.astype(jnp.float32) for x in stages[1 : 1 + SCALES])
 
     def descriptor(
         self,
@@ -221,7 +238,7 @@ class PRN(nn.Module):
         mask: UInt8[Array, "b height width"] | None = None,
     ) -> Float[Array, "b d"]:
         """What `WholeImage` compares: means over the image of colours and frozen features."""
-        features = self._stages(image, self.doublings[0])[1:-1]
+        features = self._stages(image, self.doublings[0])[1 : 1 + SCALES]
         return describe(image, features, self._interest(image, mask))
 
     @property
@@ -235,6 +252,24 @@ class PRN(nn.Module):
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
         seen = resized(normalised.astype(self.dtype), doublings)
         return tuple(spec.gain * x for x in self.backbone(seen))
+
+
+def untrained_beside(model: PRN) -> PRN:
+    """The network whose distances to the nearest patches count beside those of a trained one."""
+    return model.clone(
+        backbone_name=model.beside_name,
+        beside_name="",
+        stages=SCALES,
+        doublings=(0,),
+        num_prototypes=1,
+        num_patches=model.beside_patches,
+        memory_scales=(1, 2, 3),
+        use_prototypes=True,
+        window=0,
+        num_centres=1,
+        trained=False,
+        turns=PRN.turns,
+    )
 
 
 def _turned(images: Array, turns: tuple[tuple[int, bool], ...]) -> Array:
@@ -283,6 +318,7 @@ def create_model(
       turns: see `PRN`; default: none but as the image is.
     """
     memory, decoder = config.get("memory", {}), config.get("decoder", {})
+    beside = config.get("patch_map", {})
     # Before there was a memory, no steps meant as many as `epochs` says.
     trained = config.total_steps != 0 or not memory
     tiling = Tiling.of(config)
@@ -308,6 +344,9 @@ def create_model(
         window=memory.get("window", 0),
         num_centres=num_prototypes,
         trained=trained,
+        beside_name=beside.backbone.name if trained and beside.get("weight") else "",
+        beside_weight=beside.get("weight", 0.0),
+        beside_patches=beside.get("patches", 0),
         tiling=tiling if tiling.count > 1 else None,
         turns=turns or PRN.turns,
         dtype=compute_dtype(config),

@@ -82,6 +82,36 @@ def test_two_looks_are_two_networks_with_one_backbone(looks, merge, merged):
     np.testing.assert_allclose(found, merged(alone), rtol=1e-5, atol=1e-5)
 
 
+def test_a_patch_map_of_another_backbone_is_added_to_what_is_trained():
+    plain = PRN(
+        backbone_name="efficientnet_lite0", attention_layers=0, doublings=(-1, 0), merge="max",
+        decoder_channels=(8, 8, 8), turns=((0, False), (0, True)),
+    )  # fmt: skip
+    model = plain.clone(beside_name="resnet18", beside_weight=0.5, beside_patches=5)
+    variables, image = init(model, (64, 64)), draw(2, (64, 64))
+    parts = {kind: tree.pop("beside") for kind, tree in variables.items() if "beside" in tree}
+    assert set(parts) == {"backbone", "prototypes"}  # nothing of it is trained
+    same = jax.eval_shape(plain.init, jax.random.key(0), image)
+    assert jax.tree.structure(variables) == jax.tree.structure(same)
+    # No stage 4, whose weights are three quarters of it.
+    assert not any("layer4" in name for name in parts["backbone"]["backbone"])
+    parts["prototypes"]["patch_map"]["reference"] = np.float32(3.0)
+    alone = PRN(stages=3, num_patches=5, trained=False)
+    distance = jax.jit(alone.apply)(parts, image)
+    whole = {kind: tree | {"beside": parts[kind]} if kind in parts else tree
+             for kind, tree in variables.items()}  # fmt: skip
+    found = jax.jit(model.apply)(whole, image)
+    expected = jax.jit(plain.apply)(variables, image) + 0.5 * distance
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(distance).max() > 0.1
+    # Training does without.
+    train = {"method": "learning", "mutable": ["batch_stats"]}
+    each = jax.vmap(lambda x: model.apply(whole, x[None], **train)[0], axis_name="data")
+    graph = jax.make_jaxpr(each)(image)
+    same = jax.vmap(lambda x: plain.apply(variables, x[None], **train)[0], axis_name="data")
+    assert len(graph.eqns) == len(jax.make_jaxpr(same)(image).eqns)
+
+
 def test_a_map_may_be_the_mean_over_turns():
     turns = ((0, False), (1, True), (3, False))
     plain = PRN(attention_layers=0, num_prototypes=2, decoder_channels=(8, 8, 8))
