@@ -97,6 +97,20 @@ def test_stage4_moves_between_collections(name):
     assert not set(trained["backbone"]) & stage4[name]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])
+def test_three_stages_are_the_first_of_four(name):
+    image = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+
+    def shapes(stages):
+        module = create_backbone(name, stages=stages, return_stem=True)
+        variables = jax.eval_shape(module.init, jax.random.key(0), image)
+        return variables, jax.eval_shape(module.apply, variables, image)
+
+    (whole, maps), (part, fewer) = shapes(4), shapes(3)
+    assert part == {"backbone": whole["backbone"]}
+    assert fewer == maps[:-1]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
 def test_gradients_stop_at_what_is_frozen(name):
     module = create_backbone(name, train_stage4=True)

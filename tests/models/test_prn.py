@@ -12,6 +12,7 @@ from prn_jax.fields import checked
 from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.layers import upsample
 from prn_jax.models.prn import PRN, compute_dtype
+from tests import tiny
 
 
 def init(model, size):
@@ -83,20 +84,20 @@ def test_two_looks_are_two_networks_with_one_backbone(looks, merge, merged):
 
 
 def test_a_patch_map_of_another_backbone_is_added_to_what_is_trained():
+    tiny.register()
     plain = PRN(
-        backbone_name="efficientnet_lite0", attention_layers=0, doublings=(-1, 0), merge="max",
+        backbone_name="tiny", attention_layers=0, doublings=(-1, 0), merge="max",
         decoder_channels=(8, 8, 8), turns=((0, False), (0, True)),
     )  # fmt: skip
-    model = plain.clone(beside_name="resnet18", beside_weight=0.5, beside_patches=5)
+    model = plain.clone(beside_name="tiny", beside_weight=0.5, beside_patches=5)
     variables, image = init(model, (64, 64)), draw(2, (64, 64))
     parts = {kind: tree.pop("beside") for kind, tree in variables.items() if "beside" in tree}
     assert set(parts) == {"backbone", "prototypes"}  # nothing of it is trained
     same = jax.eval_shape(plain.init, jax.random.key(0), image)
     assert jax.tree.structure(variables) == jax.tree.structure(same)
-    # No stage 4, whose weights are three quarters of it.
-    assert not any("layer4" in name for name in parts["backbone"]["backbone"])
+    assert set(parts["backbone"]["backbone"]) == {"one_conv", "two_conv", "three_conv"}
     parts["prototypes"]["patch_map"]["reference"] = np.float32(3.0)
-    alone = PRN(stages=3, num_patches=5, trained=False)
+    alone = PRN(backbone_name="tiny", stages=3, num_patches=5, trained=False)
     distance = jax.jit(alone.apply)(parts, image)
     whole = {kind: tree | {"beside": parts[kind]} if kind in parts else tree
              for kind, tree in variables.items()}  # fmt: skip
