@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     # mean r at a normal image's farthest place, is added to the logits. 0: none. Beyond the paper.
     config.patch_map = ConfigDict()
     config.patch_map.weight = 0.0
-    config.patch_map.patches = 4096
+    config.patch_map.patches = 1024
     config.patch_map.backbone = ConfigDict()
     # Both as above; it is ResNet-18 that adds most (docs/experiments_fast.md, 35).
     config.patch_map.backbone.name = "resnet18"

@@ -68,7 +68,7 @@ _BEFORE = {
     "optimizer.clip": 0.0,
     "patch_map.backbone.name": "resnet18",
     "patch_map.backbone.weights": "",
-    "patch_map.patches": 4096,
+    "patch_map.patches": 1024,
     "patch_map.weight": 0.0,
     "prototypes.max_images": 1000,
     "synthesis.softness": 0.0,

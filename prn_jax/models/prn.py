@@ -87,7 +87,7 @@ class PRN(nn.Module):
     trained: bool = True
     beside_name: str = ""
     beside_weight: float = 0.0
-    beside_patches: int = 4096
+    beside_patches: int = 1024
     tiling: Tiling | None = None
     turns: tuple[tuple[int, bool], ...] = ((0, False),)
     grouped_convs: bool = False
