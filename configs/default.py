@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
     config.patch_map.weight = 0.0
     config.patch_map.patches = 1024
     config.patch_map.backbone = ConfigDict()
-    # Both as above; it is ResNet-18 that adds most (docs/experiments_fast.md, 35).
+    # Both as above; it is ResNet-18 that adds most (docs/experiments_use.md, 35).
     config.patch_map.backbone.name = "resnet18"
     config.patch_map.backbone.weights = ""
 
