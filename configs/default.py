@@ -97,7 +97,8 @@ def get_config() -> ConfigDict:
 
     # A map beside the network's, of what training did not teach it: `weight` times log(d / r), of
     # the distance d to the nearest of `patches` per scale of another frozen backbone and of its
-    # mean r at a normal image's farthest place, is added to the logits. 0: none. Beyond the paper.
+    # mean r at a normal image's farthest place, is added to the logits. 0: none. Beyond the paper;
+    # what it is worth, and its price: docs/experiments_use.md, 36.
     config.patch_map = ConfigDict()
     config.patch_map.weight = 0.0
     config.patch_map.patches = 1024

@@ -150,6 +150,11 @@ def checked(config: ConfigDict) -> ConfigDict:
             f"memory.window={config.memory.window} has no place in total_steps=0, where the map is "
             "the distance to memory.patches: give 0"
         )
+    if config.total_steps == 0 and config.patch_map.weight:
+        raise UserError(
+            f"patch_map.weight={config.patch_map.weight} has no place in total_steps=0, where the "
+            "map of patches is all there is: give 0"
+        )
     large = min(config.image_size) >= 256
     if not config.backbone.doublings:
         config.backbone.doublings = (-1, 0) if large else (0, 1)  # one of 64 pixels is too coarse

@@ -58,7 +58,13 @@ STORAGES = {
 
 
 def load_backbone(
-    name: str, weights: str, *, train_stage4: bool, seed: int, field: str = "backbone"
+    name: str,
+    weights: str,
+    *,
+    train_stage4: bool,
+    seed: int,
+    stages: int = 4,
+    field: str = "backbone",
 ) -> dict[str, dict[str, Any]]:
     """Loads a backbone's variables.
 
@@ -69,6 +75,7 @@ def load_backbone(
       train_stage4: see `create_backbone`. A stage 4 that is trained may be absent from the file,
         in part or whole; what is absent starts from He initialisation.
       seed: of the random values.
+      stages: 4, or 3: without stage 4, whatever the file has of it.
       field: of the configuration that says so, for the messages.
 
     Returns:
@@ -87,16 +94,18 @@ def load_backbone(
         source = find_weights(weights or spec.weights, field)
         arrays = {k: v for k, v in read_arrays(source).items() if not IGNORED.fullmatch(k)}
         stage4 = {path for path, (collection, _) in template.items() if collection == "params"}
-        may_lack = stage4 if train_stage4 else set()
+        may_lack = stage4 if train_stage4 or stages < 4 else set()
     folded = not any(array.endswith(".running_mean") for array in arrays)
     absent = _check(arrays, _expected(template, folded), may_lack, f"{source}: for {name}", field)
-    if absent and weights != "random":
+    if absent and weights != "random" and stages == 4:
         logging.info(
             "%s: stage 4 lacks %s: He initialisation (seed %d)", source, _some(absent), seed
         )
 
     trees: dict[str, dict[Path, np.ndarray]] = {"params": {}, "backbone": {}}
     for path, (collection, shape) in template.items():
+        if collection == "params" and stages < 4:
+            continue
         kernel, bias = _conv(arrays, path, None if folded else spec.norm_eps)
         kernel = _he_normal(shape, seed, path) if kernel is None else kernel
         bias = np.zeros(shape[-1]) if bias is None else bias
@@ -148,7 +157,7 @@ def read_arrays(path: str | pathlib.Path) -> Arrays:
 def sources(config: ConfigDict) -> tuple[tuple[str, str, str], ...]:
     """Each backbone that a run starts from: its field, name and weights, as configured."""
     fields = {"backbone": config.backbone}
-    if config.total_steps and config.patch_map.weight:
+    if config.patch_map.weight:
         fields["patch_map.backbone"] = config.patch_map.backbone
     return tuple((field, x.name, x.weights) for field, x in fields.items())
 

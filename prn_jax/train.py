@@ -25,7 +25,7 @@ from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import Interrupted, UserError, shown
 from prn_jax.fitting import fit_prototypes
 from prn_jax.identity import Identity
-from prn_jax.models.prn import PRN, create_model
+from prn_jax.models.prn import PRN, SCALES, create_model
 from prn_jax.models.prototypes import num_prototypes
 from prn_jax.progress import Progress, Termination
 
@@ -127,9 +127,9 @@ def create_variables(config: ConfigDict, model: PRN) -> dict[str, Tree]:
         pretrained.load_backbone(
             name,
             weights,
-            # Of one that stands beside, stage 4 is not used.
-            train_stage4=config.backbone.train_stage4 or field != "backbone",
+            train_stage4=config.backbone.train_stage4,
             seed=config.seed,
+            stages=4 if field == "backbone" else SCALES,  # one beside has no decoder
             field=field,
         )
         for field, name, weights in pretrained.sources(config)

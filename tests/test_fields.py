@@ -30,6 +30,9 @@ from prn_jax.fields import checked
         ({"prototypes.ratio": 1.5}, "prototypes.ratio=1.5: give a share"),
         ({"total_steps": -2}, "total_steps=-2: give -1, 0 or more"),
         ({"total_steps": 0, "memory.window": 3}, "memory.window=3 has no place in total_steps=0"),
+        ({"total_steps": 0, "patch_map.weight": 1}, "patch_map.weight=1.0 has no place in total_"),
+        ({"patch_map.weight": -1}, "patch_map.weight=-1.0: give 0 or more"),
+        ({"patch_map.patches": 0}, "patch_map.patches=0: give 1 or more"),
         ({"sampling.normal": 0.0}, "sampling.normal=0.0: epochs are passes over normal images"),
         (
             {"prototypes.enabled": False, "memory.patches": 8, "memory.scales": (2, 3)},

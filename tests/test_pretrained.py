@@ -73,11 +73,12 @@ def resnet18() -> dict[str, np.ndarray]:
 def load(tmp_path, monkeypatch):
     """Loads a backbone from arrays as if they were in `weights.npz`."""
 
-    def from_arrays(arrays, name="resnet18", train_stage4=True, seed=0):
+    def from_arrays(arrays, name="resnet18", **options):
         path = tmp_path / "weights.npz"
         path.touch()
         monkeypatch.setattr(pretrained, "read_arrays", lambda _: arrays)
-        return pretrained.load_backbone(name, str(path), train_stage4=train_stage4, seed=seed)
+        options = {"train_stage4": True, "seed": 0} | options
+        return pretrained.load_backbone(name, str(path), **options)
 
     return from_arrays
 
@@ -216,6 +217,17 @@ def test_stage4_takes_what_the_file_has(shared):
         pretrained.load_backbone("resnet18", str(path), train_stage4=False, seed=0)
 
 
+def test_a_stage4_that_is_not_used_may_be_absent_without_a_word(load, resnet18, monkeypatch):
+    monkeypatch.setattr(logging, "info", None)
+    whole = load(resnet18)
+    without = {k: v for k, v in resnet18.items() if not k.startswith("layer4")}
+    for arrays in (resnet18, without):
+        for train_stage4 in (False, True):
+            three = load(arrays, train_stage4=train_stage4, stages=3)
+            assert three["params"] == {}
+            jax.tree.map(np.testing.assert_array_equal, three["backbone"], whole["backbone"])
+
+
 def test_faulty_arrays_are_named(load, resnet18):
     faulty = dict(resnet18)
     for name in [k for k in faulty if k.startswith("layer2.1")]:
@@ -319,5 +331,3 @@ def test_a_second_backbone_s_weights_are_missed_by_their_own_field(monkeypatch):
     config.patch_map.backbone.weights, config.patch_map.backbone.name = "", "resnet19"
     with pytest.raises(UserError, match=r"^patch_map\.backbone\.name: no backbone 'resnet19'"):
         pretrained.check(config)
-    config.total_steps = 0  # what it would stand beside is not there
-    pretrained.check(config)

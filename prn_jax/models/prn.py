@@ -344,7 +344,7 @@ def create_model(
         window=memory.get("window", 0),
         num_centres=num_prototypes,
         trained=trained,
-        beside_name=beside.backbone.name if trained and beside.get("weight") else "",
+        beside_name=beside.backbone.name if beside.get("weight") else "",
         beside_weight=beside.get("weight", 0.0),
         beside_patches=beside.get("patches", 0),
         tiling=tiling if tiling.count > 1 else None,
