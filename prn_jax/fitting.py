@@ -49,6 +49,25 @@ def fit_prototypes(
             "(prototypes.max_images)",
             len(some), len(images),
         )  # fmt: skip
+    result = _fit_network(config, model, variables, images, some, mesh)
+    if model.beside_name:
+        known = {"backbone": variables["backbone"]["beside"]}
+        known["prototypes"] = variables.get("prototypes", {})
+        beside = untrained_beside(model)
+        found = _fit_network(config, beside, known, images, some, mesh)
+        result["beside"] = {name: x for name, x in found.items() if name != "whole"}
+    return result
+
+
+def _fit_network(
+    config: ConfigDict,
+    model: PRN,
+    variables: Tree,
+    images: np.ndarray,
+    some: np.ndarray,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """What one network compares with; its prototypes are of `some` of the images."""
     looks = [
         _fit_look(config, model, variables, images, some, mesh, look)
         for look in range(len(model.doublings))
@@ -58,11 +77,6 @@ def fit_prototypes(
     whole = fit_whole(means, model.kinds, model.num_centres, key, mesh)
     result = looks[0] | {f"closer_{i}": x for i, x in enumerate(looks[1:])}
     result["whole"] = meshes.replicate(mesh, whole)
-    if model.beside_name:
-        known = {"backbone": variables["backbone"]["beside"]}
-        known["prototypes"] = variables.get("prototypes", {})
-        found = fit_prototypes(config, untrained_beside(model), known, images, mesh)
-        result["beside"] = {name: x for name, x in found.items() if name != "whole"}
     if not model.trained:
         stored = {"prototypes": variables.get("prototypes", {}) | result}
         maps, *_ = predict(model, variables | stored, some, mesh, batch_size=config.eval_batch_size)

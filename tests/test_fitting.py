@@ -1,3 +1,5 @@
+import logging
+
 import jax
 import numpy as np
 import pytest
@@ -53,11 +55,12 @@ def test_each_look_compares_with_what_it_sees_itself():
         np.testing.assert_array_equal(own["memory_2"]["patches"], alone["memory_2"]["patches"])
 
 
-def test_what_stands_beside_a_trained_network_is_what_there_is_without_training():
+def test_what_stands_beside_a_trained_network_is_what_there_is_without_training(caplog):
     tiny.register()
     config = default.get_config()
     config.update_from_flattened_dict(tiny.FIELDS)
     config.seed, config.memory.patches, config.patch_map.patches = 3, 5, 5
+    config.prototypes.max_images = 3
     config.patch_map.backbone.name, config.patch_map.backbone.weights = "tiny", "random"
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     mesh = meshes.create_mesh(jax.devices()[:1])
@@ -69,7 +72,10 @@ def test_what_stands_beside_a_trained_network_is_what_there_is_without_training(
         stored = fitting.fit_prototypes(config, model, variables, images, mesh)
         return jax.tree.map(np.asarray, (variables, stored))
 
-    (variables, stored), (_, plain), (alone, untrained) = fit(9, 0.5), fit(9, 0.0), fit(0, 0.0)
+    with caplog.at_level(logging.INFO):
+        variables, stored = fit(9, 0.5)
+    assert caplog.text.count("prototypes are made of 3 of the 4") == 1
+    (_, plain), (alone, untrained) = fit(9, 0.0), fit(0, 0.0)
     beside = stored.pop("beside")
     jax.tree.map(np.testing.assert_array_equal, stored, plain)
     del untrained["whole"]

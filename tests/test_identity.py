@@ -36,7 +36,7 @@ def make(using=None, **changes):
 
 def changed(**fields):
     config = default.get_config()
-    config.update(**fields)
+    config.update_from_flattened_dict(fields)
     return identity.as_dict(config)
 
 
@@ -48,6 +48,10 @@ DIFFERENCES = {
     "score_pixels": ({"config": changed(score_pixels=50)}, "score_pixels was 100, is 50"),
     "textures": ({"textures": "beef"}, r"the textures \(synthesis.textures\) changed"),
     "a type": ({"dtype": "bfloat16"}, "it was computed in float32, is in bfloat16"),
+    "a file that moved": (
+        {"config": changed(**{"patch_map.backbone.weights": "b.pth"})},
+        "patch_map.backbone.weights was '', is 'b.pth'",
+    ),
     "a seed": ({"config": changed(seed=3)}, "seed was 0, is 3"),
 }
 
@@ -87,6 +91,7 @@ def test_what_was_trained_on_never_says_what_a_threshold_promises():
         ({"white_level": 65535}, "level 4095 was white .* now it is 65535"),
         ({"config": changed(tile_overlap=0)}, "tile_overlap was 32.*network would be another"),
         ({"config": changed(image_size=(64, 64))}, "image_size was.*network would be another"),
+        ({"config": changed(**{"patch_map.weight": 2.0})}, "patch_map.*network would be another"),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_never_allowed(changes, message):

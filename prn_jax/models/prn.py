@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from prn_jax.models.attention import MultiSizeAttention
-from prn_jax.models.backbone import BACKBONES, create_backbone
+from prn_jax.models.backbone import BACKBONES, backbone_spec, create_backbone
 from prn_jax.models.decoder import Decoder
 from prn_jax.models.fusion import MultiScaleFusion
 from prn_jax.models.layers import Dtype, conv1x1, resized
@@ -316,11 +316,17 @@ def create_model(
       config: the configuration.
       num_prototypes: per scale; with tiles, per scale and place of a tile.
       turns: see `PRN`; default: none but as the image is.
+
+    Raises:
+      UserError: there is no such backbone beside the network.
     """
     memory, decoder = config.get("memory", {}), config.get("decoder", {})
     beside = config.get("patch_map", {})
     # Before there was a memory, no steps meant as many as `epochs` says.
     trained = config.total_steps != 0 or not memory
+    beside_name = beside.backbone.name if beside.get("weight") else ""
+    if beside_name:
+        backbone_spec(beside_name, "patch_map.backbone")
     tiling = Tiling.of(config)
     return PRN(
         backbone_name=config.backbone.name,
@@ -344,7 +350,7 @@ def create_model(
         window=memory.get("window", 0),
         num_centres=num_prototypes,
         trained=trained,
-        beside_name=beside.backbone.name if beside.get("weight") else "",
+        beside_name=beside_name,
         beside_weight=beside.get("weight", 0.0),
         beside_patches=beside.get("patches", 0),
         tiling=tiling if tiling.count > 1 else None,

@@ -7,10 +7,12 @@ import pytest
 import scipy.signal
 from flax.traverse_util import flatten_dict
 
+from configs import default
 from prn_jax import pretrained
 from prn_jax.errors import UserError
 from prn_jax.models import backbone
 from prn_jax.models.backbone import BACKBONES, create_backbone
+from prn_jax.models.prn import create_model
 
 
 def shapes(name: str, **options) -> dict:
@@ -153,3 +155,7 @@ def test_depthwise_conv_equals_scipy_and_pads_as_tensorflow(grouped, size, strid
 def test_unknown_backbone_names_the_nearest():
     with pytest.raises(UserError, match="'resnet81'; did you mean 'resnet18'"):
         create_backbone("resnet81")
+    config = default.get_config()
+    config.patch_map.weight, config.patch_map.backbone.name = 1.0, "resnet81"
+    with pytest.raises(UserError, match=r"^patch_map\.backbone\.name: no backbone 'resnet81'"):
+        create_model(config, 1)
