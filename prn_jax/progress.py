@@ -59,7 +59,11 @@ class Progress:
         self._bar.close()
 
     def update(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Notes a step's losses without waiting for them; reports at log steps."""
+        """Notes a step's losses and waits for the step before; reports at log steps.
+
+        One step runs and the next is made ready, no more: who asks to stop waits for these alone.
+        """
+        jax.block_until_ready(self._pending[-1:])
         self._pending.append((step, values))
         self._bar.update()
         if self._mark is None:
