@@ -19,6 +19,7 @@ from prn_jax.errors import UserError
 from prn_jax.export import calibration, check
 from prn_jax.models.prn import create_model
 from prn_jax.splits import Images
+from tests import tiny
 from tests.trees import draw, save
 
 CAMERA = (90, 120)
@@ -47,7 +48,11 @@ def tiled(whole):
     """A network of two tiles of 64x64, with a patch map beside, made of one of whole images."""
     config = whole.config.copy_and_resolve_references()
     config.tiles, config.tile_overlap = (1, 2), 16
+    # The 8-bit one has attention and two looks; jax2onnx takes the square of the graph's size.
+    config.attention.layers, config.backbone.doublings = 0, (0,)
     config.patch_map.weight, config.patch_map.patches = 2.0, 8
+    tiny.register()
+    config.patch_map.backbone.name, config.patch_map.backbone.weights = "tiny", "random"
     model = create_model(config, whole.model.num_prototypes, ((0, False), (1, True)))
     fresh = train.initialise(config, model)
     stored = jax.device_get(whole.variables)
