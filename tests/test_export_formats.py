@@ -48,8 +48,6 @@ def tiled(whole):
     """A network of two tiles of 64x64, with a patch map beside, made of one of whole images."""
     config = whole.config.copy_and_resolve_references()
     config.tiles, config.tile_overlap = (1, 2), 16
-    # The 8-bit one has attention and two looks; jax2onnx takes the square of the graph's size.
-    config.attention.layers, config.backbone.doublings = 0, (0,)
     config.patch_map.weight, config.patch_map.patches = 2.0, 8
     tiny.register()
     config.patch_map.backbone.name, config.patch_map.backbone.weights = "tiny", "random"
