@@ -248,8 +248,8 @@ def get_config() -> ConfigDict:
     # that is finished keeps those that it had.
     config.thresholds = ConfigDict()
     config.thresholds.false_alarms = (0.001, 0.01, 0.05)
-    # Evaluate on the test split every so many steps, for curves only; 0: only at the end. The
-    # last checkpoint counts, always.
+    # Save, and evaluate on the test split, every so many steps, for curves only; 0: only at the
+    # end. The last checkpoint counts, always.
     config.eval_every = 0
     # Images per evaluation batch over all devices.
     config.eval_batch_size = 32

@@ -351,7 +351,9 @@ def train(
             if is_log_step and config.checkpoint.every_minutes:
                 late = time.monotonic() - last_save > 60.0 * config.checkpoint.every_minutes
                 due |= meshes.agree(late)
-            if due or stop or step == steps:
+            # An evaluation may take longer than what stops a machine waits.
+            evaluating = evaluate and _due(step, config.eval_every) and step < steps
+            if due or stop or evaluating or step == steps:
                 progress.check(step)
                 save(step)
                 last_save = time.monotonic()
@@ -361,8 +363,7 @@ def train(
                     f"stopped at step {step} of {steps} and saved; the same command goes on",
                     termination.number,
                 )
-            if evaluate and _due(step, config.eval_every) and step < steps:
-                progress.check(step)
+            if evaluating:
                 evaluate(step, model, state.network | frozen)
         if start < steps and jax.process_count() == 1 and termination.requested():
             checkpoints.wait()
