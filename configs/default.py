@@ -61,12 +61,13 @@ def get_config() -> ConfigDict:
     config.backbone.train_stage4 = True
     # How many times the image is doubled (bilinearly) before the backbone, -2 to 2: maps of twice
     # the detail at four times the work, each time; below 0 it is halved. Of several, (0, 1), each
-    # has prototypes and a decoder of its own. (): two looks by `image_size`, as it is and halved
-    # from 256 pixels on, else as it is and doubled. Beyond the paper.
+    # has prototypes and a decoder of its own. (): by `image_size` and the normal images: below 256
+    # pixels two looks, as it is and doubled; from there on as it is and halved, or as it is alone
+    # where the product has no pose (docs/experiments_plus.md, 33 and 38). Beyond the paper.
     config.backbone.doublings = (0,)
     # Of several looks, mean: the logits are the mean of theirs, and so is what the loss is of;
     # max: each has a loss of its own, and of their logits the highest counts: what one look finds
-    # is found; auto: max from 256 pixels on, else mean (docs/experiments_fast.md, 33).
+    # is found; auto: max from 256 pixels on, else mean.
     config.backbone.merge = "mean"
 
     config.prototypes = ConfigDict()
@@ -232,7 +233,7 @@ def get_config() -> ConfigDict:
     config.synthesis.shift = 0.02
     # Whether samples of every kind are flipped and turned by quarters, as far as the normal images
     # show that the product has no pose (synthesis/pose.py). Beyond the paper; what it is worth:
-    # docs/experiments_fast.md, 29.
+    # docs/experiments_plus.md, 29.
     config.synthesis.turns = False
 
     # --- scoring and evaluation ------------------------------------------------------------------

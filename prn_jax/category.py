@@ -120,7 +120,7 @@ def _train(
         held=tuple(data.held.id),
         textures=textures.fingerprint(config),
         dtype=np.dtype(compute_dtype(config)).name,
-        turns=input_pipeline.turns(config, data) if config.average_turns else (),
+        turns=input_pipeline.turns(config, data),
     )
     meshes.barrier("the textures are looked at")
     meshes.require_same(

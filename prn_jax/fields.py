@@ -155,21 +155,16 @@ def checked(config: ConfigDict) -> ConfigDict:
             f"patch_map.weight={config.patch_map.weight} has no place in total_steps=0, where the "
             "map of patches is all there is: give 0"
         )
-    large = min(config.image_size) >= 256
-    if not config.backbone.doublings:
-        config.backbone.doublings = (-1, 0) if large else (0, 1)  # one of 64 pixels is too coarse
-    if config.backbone.merge == "auto":
-        config.backbone.merge = "max" if large else "mean"
-    _check_some("backbone.doublings", config.backbone.doublings, (-2, -1, 0, 1, 2))
-    least = min(config.backbone.doublings)
-    multiple = 32 * 2 ** max(0, -least)
+    if config.backbone.merge not in ("auto", "mean", "max"):
+        raise UserError(f"backbone.merge={config.backbone.merge!r}: give auto, mean or max")
+    doublings, _ = looks(config)  # those of most pixels, where the images are to tell
+    _check_some("backbone.doublings", doublings, (-2, -1, 0, 1, 2))
+    multiple = 32 * 2 ** max(0, -min(doublings))
     if any(x % multiple for x in config.image_size):
         raise UserError(
-            f"image_size={config.image_size}: backbone.doublings has {least}, so it is halved: "
-            f"give multiples of {multiple}"
+            f"image_size={config.image_size}: backbone.doublings has {min(doublings)}, so it is "
+            f"halved: give multiples of {multiple}"
         )
-    if config.backbone.merge not in ("mean", "max"):
-        raise UserError(f"backbone.merge={config.backbone.merge!r}: give auto, mean or max")
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
     opacity = config.synthesis.extended_opacity, config.synthesis.simulated_opacity
@@ -179,6 +174,24 @@ def checked(config: ConfigDict) -> ConfigDict:
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={config.dtype!r}: give auto, float32 or bfloat16")
     return config
+
+
+def looks(config: ConfigDict, posed: bool = True) -> tuple[tuple[int, ...], str]:
+    """`backbone.doublings` and `backbone.merge`, of an earlier version too; settles what is open.
+
+    Args:
+      config: whose `image_size` is (height, width).
+      posed: whether the product always lies alike; what does not is looked at once from 256 pixels
+        on (docs/experiments_plus.md, 38).
+    """
+    large = min(config.image_size) >= 256
+    doublings = tuple(config.backbone.get("doublings", (0,)))
+    if not doublings and large:
+        doublings = (-1, 0) if posed else (0,)
+    merge = config.backbone.get("merge", "mean")
+    if merge == "auto":
+        merge = "max" if large else "mean"
+    return doublings or (0, 1), merge  # one of 64 pixels is too coarse
 
 
 def _check_tiles(config: ConfigDict) -> None:

@@ -97,7 +97,7 @@ class Identity:
       held: ids of the normal images that are not trained on, sorted.
       textures: see `textures.fingerprint`; "" where it is not known.
       dtype: name of the type that is computed in; "" where it is not known.
-      turns: over which maps are averaged, see `models.prn.PRN`; of the first training images.
+      turns: see `models.prn.create_model`; of the first training images, () if nothing asked.
     """
 
     dataset: str

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from prn_jax import datasets, disk
 from prn_jax.datasets.roi import from_text
 from prn_jax.errors import UserError
+from prn_jax.fields import looks
 from prn_jax.splits import (
     Images,
     check_num_seen,
@@ -353,13 +354,21 @@ def in_tiles(config: ConfigDict, data: CategoryData) -> CategoryData:
 
 
 def turns(config: ConfigDict, data: CategoryData) -> tuple[Turn, ...]:
-    """In which the images to train on, or their tiles, could lie as well."""
+    """In which the images to train on, or their tiles, could lie as well; () if nothing asks."""
+    if config.backbone.doublings and not config.average_turns:
+        return ()
     data = in_tiles(config, data)
     found = tuple(free_turns(data.train.image, data.roi))
-    logging.info(
-        "%s: maps are the mean over %d of 8 turns, at so many times the work of prediction "
-        "(average_turns=False: over one)", config.category, len(found),
-    )  # fmt: skip
+    if config.average_turns:
+        logging.info(
+            "%s: maps are the mean over %d of 8 turns, at so many times the work of prediction "
+            "(average_turns=False: over one)", config.category, len(found),
+        )  # fmt: skip
+    if not config.backbone.doublings:
+        logging.info(
+            "%s: %s pose, so it is looked at with backbone.doublings=%s", config.category,
+            "has no" if len(found) > 1 else "has a", looks(config, posed=len(found) < 2)[0],
+        )  # fmt: skip
     return found
 
 

@@ -47,7 +47,7 @@ def metadata(kind, path):
 def tiled(whole):
     """A network of two tiles of 64x64, with a patch map beside, made of one of whole images."""
     config = whole.config.copy_and_resolve_references()
-    config.tiles, config.tile_overlap = (1, 2), 16
+    config.tiles, config.tile_overlap, config.average_turns = (1, 2), 16, True
     config.patch_map.weight, config.patch_map.patches = 2.0, 8
     tiny.register()
     config.patch_map.backbone.name, config.patch_map.backbone.weights = "tiny", "random"

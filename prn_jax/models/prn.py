@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
+from prn_jax.fields import looks
 from prn_jax.models.attention import MultiSizeAttention
 from prn_jax.models.backbone import BACKBONES, backbone_spec, create_backbone
 from prn_jax.models.decoder import Decoder
@@ -315,7 +316,8 @@ def create_model(
     Args:
       config: the configuration.
       num_prototypes: per scale; with tiles, per scale and place of a tile.
-      turns: see `PRN`; default: none but as the image is.
+      turns: in which the product's images could lie as well, see `synthesis.pose`; of more than
+        one it has no pose. With `average_turns` the network's, see `PRN`.
 
     Raises:
       UserError: there is no such backbone beside the network.
@@ -328,11 +330,12 @@ def create_model(
     if beside_name:
         backbone_spec(beside_name, "patch_map.backbone")
     tiling = Tiling.of(config)
+    doublings, merge = looks(config, posed=len(turns) < 2)
     return PRN(
         backbone_name=config.backbone.name,
         train_stage4=config.backbone.train_stage4,
-        doublings=tuple(config.backbone.get("doublings", (0,))),
-        merge=config.backbone.get("merge", "mean"),
+        doublings=doublings,
+        merge=merge,
         # Without training no whole map is compared with; a checkpoint keeps its form.
         num_prototypes=num_prototypes * tiling.count if trained else 1,
         attention_layers=config.attention.layers,
@@ -354,6 +357,6 @@ def create_model(
         beside_weight=beside.get("weight", 0.0),
         beside_patches=beside.get("patches", 0),
         tiling=tiling if tiling.count > 1 else None,
-        turns=turns or PRN.turns,
+        turns=turns if turns and config.average_turns else PRN.turns,
         dtype=compute_dtype(config),
     )

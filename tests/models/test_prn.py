@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,14 +7,18 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import default, mvtec_plus
-from prn_jax import evaluate
+from prn_jax import evaluate, experiment, predict
 from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
 from prn_jax.fields import checked
 from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.layers import upsample
-from prn_jax.models.prn import PRN, compute_dtype
+from prn_jax.models.prn import PRN, compute_dtype, create_model
 from tests import tiny
+from tests.trees import make_mvtec
+
+POSED = ((0, False),)
+LOOSE = ((0, False), (1, True))
 
 
 def init(model, size):
@@ -163,22 +169,54 @@ def test_an_image_is_not_resized_without_end():
 
 
 @pytest.mark.parametrize(
-    ("size", "looks", "merge"),
+    ("size", "turns", "doublings", "merge"),
     [
-        ((256, 256), (-1, 0), "max"),
-        ((512, 224), (0, 1), "mean"),
-        ((128, 128), (0, 1), "mean"),
+        ((256, 256), (), (-1, 0), "max"),
+        ((256, 256), POSED, (-1, 0), "max"),
+        ((256, 256), LOOSE, (0,), "max"),
+        ((512, 224), LOOSE, (0, 1), "mean"),
+        ((128, 128), POSED, (0, 1), "mean"),
     ],
 )
-def test_two_looks_by_the_size_of_the_image(size, looks, merge):
+def test_looks_by_the_size_of_the_image_and_whether_it_has_a_pose(size, turns, doublings, merge):
     config = mvtec_plus.get_config()
     config.image_size = size
     for _ in range(2):
         config = checked(config)
-        assert (config.backbone.doublings, config.backbone.merge) == (looks, merge)
+        for average in (False, True):
+            config.average_turns = average
+            model = create_model(config, 1, turns)
+            assert (model.doublings, model.merge) == (doublings, merge)
+            assert model.turns == (LOOSE if average and turns == LOOSE else POSED)
+    config.backbone.merge, config.backbone.doublings = "mean", (2, 1)
+    model = create_model(checked(config), 1, turns)
+    assert (model.doublings, model.merge) == ((2, 1), "mean")
+
+
+def test_a_way_to_merge_that_there_is_not():
+    config = default.get_config()
     config.backbone.merge = "least"
     with pytest.raises(UserError, match=r"backbone.merge='least': give auto, mean or max"):
         checked(config)
+
+
+@pytest.mark.slow
+def test_a_product_without_a_pose_is_looked_at_once(tmp_path):
+    tiny.register()
+    make_mvtec(tmp_path / "raw", defects={"broken": 3}, train=4, size=(100, 100))
+    config = default.get_config()
+    config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
+    config.update_from_flattened_dict(tiny.FIELDS | {
+        "category": "bottle", "num_seen": 1, "image_size": (256, 256), "total_steps": 1,
+        "backbone.doublings": (), "backbone.merge": "auto",
+    })  # fmt: skip
+    experiment.train_and_evaluate(config, str(tmp_path / "work"))
+    run = json.loads((tmp_path / "work" / "bottle" / "results.json").read_text())
+    detector = predict.load(tmp_path / "work" / "bottle")
+    assert detector.model.doublings == (0,)
+    assert detector.model.turns == POSED  # average_turns is off
+    _, scores = detector([f"{tmp_path}/raw/bottle/{x['id']}.png" for x in run["test"]])
+    np.testing.assert_allclose(scores, [x["score"] for x in run["test"]], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
