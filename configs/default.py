@@ -240,6 +240,11 @@ def get_config() -> ConfigDict:
     # The score of an image is the mean of its highest pixels: this many at 256x256, in proportion
     # to the area at other sizes. PRNet: 100; DiffusionAD: 50.
     config.score_pixels = 100
+    # How many logits of that score a standard deviation of the whole image's distance from normal
+    # ones is worth (of its logarithm over the training images; ten at least): what differs
+    # everywhere a little, and dots that are too small for the map, have a part in it. 0: none.
+    # Beyond the paper (docs/experiments_use.md, 41).
+    config.score_distance = 0.0
     # Whether a map is the mean of the image's in all turns and flips that the normal images show to
     # be as good (as with synthesis.turns): 8 of a texture, so 8 times the work of prediction; as it
     # is alone of a product with a pose. Beyond the paper.

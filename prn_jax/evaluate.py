@@ -15,6 +15,7 @@ from tqdm import tqdm
 from prn_jax import mesh as meshes
 from prn_jax.metrics import evaluate_rankings, rank_images, rank_pixels
 from prn_jax.models.prn import PRN
+from prn_jax.models.whole import raised
 from prn_jax.splits import Images
 
 Tree = Any
@@ -46,6 +47,11 @@ def image_score(maps: Float[Array, "b h w"], pixels: int) -> Float[Array, " b"]:
     return jnp.mean(jax.lax.top_k(maps.reshape(maps.shape[0], -1), count)[0], axis=1)
 
 
+def exponent_of(variables: Tree) -> jax.Array:
+    """By which distances have a part in scores: see `models.whole.raised`."""
+    return variables["prototypes"]["whole"]["exponent"]
+
+
 def score_count(pixels: int, height: int, width: int) -> int:
     """Pixels that an image's score is the mean of, at a size other than 256x256."""
     area = height * width
@@ -61,7 +67,10 @@ def make_eval_step(
     def step(variables, image):
         logits, distances = model.apply(variables, image, method="inspect")
         maps = jax.nn.sigmoid(logits)
-        return maps, image_score(maps, score_pixels), distances
+        scores = image_score(maps, score_pixels)
+        if model.score_distance:
+            scores = raised(scores, distances, exponent_of(variables))
+        return maps, scores, distances
 
     return jax.jit(mapped(step, mesh))
 
@@ -156,7 +165,10 @@ def predict(
         run_batches(
             _distance_step(model, mesh), variables, (descriptors,), mesh, size, (distances,)
         )
-        return maps, np.array([_score(x, score_pixels) for x in maps], np.float32), distances
+        scores = np.array([_score(x, score_pixels) for x in maps], np.float32)
+        if model.score_distance:
+            scores = raised(scores, distances, np.asarray(exponent_of(variables)))
+        return maps, scores, distances
     step = make_eval_step(model, score_pixels, mesh)
     size = fixed_size(batch_size if fill else len(images), batch_size, mesh)
     empty = np.empty(images.shape[:3], np.float32), *np.empty((2, len(images)), np.float32)

@@ -36,6 +36,7 @@ _RANGES = (
             "optimizer.clip",
             "optimizer.weight_decay",
             "patch_map.weight",
+            "score_distance",
             "synthesis.min_area",
             "synthesis.operations",
             "synthesis.perlin_max_exponent",

@@ -15,7 +15,7 @@ from prn_jax.evaluate import descriptors, mapped, predict, run_batches
 from prn_jax.models.memory import choose_patches
 from prn_jax.models.prn import PRN, SCALES, untrained_beside
 from prn_jax.models.prototypes import k_means
-from prn_jax.models.whole import fit_whole
+from prn_jax.models.whole import WholeImage, exponent, fit_whole
 from prn_jax.tiles import Tiling
 
 Tree = Any
@@ -76,6 +76,9 @@ def _fit_network(
     key = jax.random.fold_in(jax.random.key(config.seed), SCALES)
     whole = fit_whole(means, model.kinds, model.num_centres, key, mesh)
     result = looks[0] | {f"closer_{i}": x for i, x in enumerate(looks[1:])}
+    if model.score_distance:
+        distances = WholeImage(model.num_centres).apply({"prototypes": whole}, means)
+        whole["exponent"] = exponent(np.asarray(distances), model.score_distance)
     result["whole"] = meshes.replicate(mesh, whole)
     if not model.trained:
         stored = {"prototypes": variables.get("prototypes", {}) | result}

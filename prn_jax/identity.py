@@ -51,6 +51,7 @@ _NETWORK_FIELDS = (
     "patch_map.patches",
     "patch_map.weight",
     "prototypes.enabled",
+    "score_distance",
     "tile_overlap",
     "tiles",
 )
@@ -73,6 +74,7 @@ _BEFORE = {
     "patch_map.patches": 1024,
     "patch_map.weight": 0.0,
     "prototypes.max_images": 1000,
+    "score_distance": 0.0,
     "synthesis.softness": 0.0,
     "synthesis.turns": False,
     "tile_overlap": 32,

@@ -75,6 +75,17 @@ def tiled(whole):
     )
 
 
+def scoring_distances(detector):
+    """The same network, whose distances have a part in scores."""
+    prototypes = detector.variables["prototypes"]
+    whole = prototypes["whole"] | {"exponent": meshes.replicate(detector.mesh, np.float32(0.7))}
+    return dataclasses.replace(
+        detector,
+        model=detector.model.clone(score_distance=0.3),
+        variables=detector.variables | {"prototypes": prototypes | {"whole": whole}},
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "int8"), ALL)
 def test_an_export_runs_without_us_and_computes_the_same(
@@ -86,6 +97,7 @@ def test_an_export_runs_without_us_and_computes_the_same(
     detector = prn_jax.load(trained)
     if (kind, int8) == ("onnx", False):  # what of `evaluate.stitched` ONNX does not know
         detector = tiled(detector)
+    detector = scoring_distances(detector)
     split = check.read_run(trained)
     folder = tmp_path / "files"
     files = {

@@ -57,7 +57,7 @@ def write(graph: Graph, path: pathlib.Path) -> None:
             )
             # In TensorFlow's ops: its XLA knows no top k of a batch of any size.
             best = tf.math.top_k(tf.reshape(maps, [-1, height * width]), top).values
-            scores = tf.reduce_mean(best, axis=1)
+            scores = graph.raised(tf.reduce_mean(best, axis=1), distances)
             return {"map": maps, "score": scores, "distance": distances}
 
     module = Module()

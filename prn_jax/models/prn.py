@@ -53,6 +53,8 @@ class PRN(nn.Module):
       decoder_channels: width of the decoder's levels at strides 4, 8 and 16.
       decoder_stride: of its finest level.
       num_centres: of `WholeImage`.
+      score_distance: how many logits of an image's score a standard deviation of its distance is
+        worth; 0: none.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       beside_name: a key of `BACKBONES`: `beside_weight` times the untrained logits of a network
         with that one, of the image as it is, is added to what is trained; "": none.
@@ -85,6 +87,7 @@ class PRN(nn.Module):
     decoder_channels: tuple[int, ...] = Decoder.channels
     decoder_stride: int = 1
     num_centres: int = 1
+    score_distance: float = 0.0
     trained: bool = True
     beside_name: str = ""
     beside_weight: float = 0.0
@@ -107,7 +110,7 @@ class PRN(nn.Module):
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
         self.patch_map = PatchMap()
         self.interest = RegionOfInterest()
-        self.whole = WholeImage(self.num_centres)
+        self.whole = WholeImage(self.num_centres, scores=bool(self.score_distance))
         self.join = [conv1x1(x, self.dtype) for x in self._channels()]
         self.fuse_features = MultiScaleFusion(self.dtype)
         self.fuse_residuals = MultiScaleFusion(self.dtype)
@@ -352,6 +355,7 @@ def create_model(
         memory_scales=tuple(memory.get("scales", (1, 2, 3))),
         window=memory.get("window", 0),
         num_centres=num_prototypes,
+        score_distance=config.get("score_distance", 0.0),
         trained=trained,
         beside_name=beside_name,
         beside_weight=beside.get("weight", 0.0),

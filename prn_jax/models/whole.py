@@ -7,6 +7,8 @@ means of normal images. (The distance of whole maps, which residuals are made of
 product, but not the light: docs/experiments_use.md.)
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,9 @@ from prn_jax.models.prototypes import k_means
 OUTSIDE = -30.0
 # Least spread of a feature, as a share of the size of its kind: of one image there is none.
 _LEAST = 1e-3
+# Of the distances whose logarithms' spread is a score's unit: at least so many images tell it, and
+# it is at least so much. What is added to a distance, whose own logarithm is -inf for a copy.
+_FEWEST, _LEAST_SPREAD, _NEAR = 10, 0.05, 0.1
 
 
 class RegionOfInterest(nn.Module):
@@ -42,9 +47,12 @@ class WholeImage(nn.Module):
 
     Attributes:
       num_centres: k.
+      scores: whether the distance has a part in an image's score, by the variable `exponent`: see
+        `raised`.
     """
 
     num_centres: int
+    scores: bool = False
 
     @nn.compact
     def __call__(self, descriptor: Float[Array, "b d"]) -> Float[Array, " b"]:
@@ -54,8 +62,34 @@ class WholeImage(nn.Module):
         shape = (self.num_centres, size)
         centres = self.variable("prototypes", "centres", jnp.zeros, shape, jnp.float32).value
         spread = self.variable("prototypes", "spread", jnp.ones, (size,), jnp.float32).value
+        if self.scores:
+            self.variable("prototypes", "exponent", jnp.zeros, (), jnp.float32)
         difference = descriptor[:, None] / spread - centres / spread
         return jnp.sqrt(jnp.min(jnp.sum(jnp.square(difference), axis=-1), axis=1))
+
+
+def raised(scores: Any, distances: Any, exponent: Any) -> Any:
+    """Scores whose logits are higher by `exponent` times the logarithm of the distance.
+
+    Args:
+      scores: [b], in [0, 1]; arrays of NumPy, JAX or TensorFlow.
+      distances: [b], of `WholeImage`.
+      exponent: the variable.
+    """
+    odds = scores * (distances + _NEAR) ** exponent
+    return odds / (odds + 1.0 - scores)
+
+
+def exponent(distances: np.ndarray, weight: float) -> np.float32:
+    """That by which a standard deviation of normal images' distances counts `weight` logits.
+
+    Args:
+      distances: of the training images, [n]; of too few nothing can be told: 0.
+      weight: `score_distance`.
+    """
+    if len(distances) < _FEWEST:
+        return np.float32(0.0)
+    return np.float32(weight / max(_LEAST_SPREAD, np.std(np.log(distances + _NEAR))))
 
 
 def describe(

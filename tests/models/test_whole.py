@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from prn_jax import mesh as meshes
 from prn_jax.models.prn import PRN
-from prn_jax.models.whole import WholeImage, describe, fit_whole
+from prn_jax.models.whole import WholeImage, describe, exponent, fit_whole, raised
 
 
 def drawn(shape, seed=0):
@@ -23,6 +24,20 @@ def test_the_distance_is_that_from_the_nearest_centre():
     np.testing.assert_allclose(found, np.linalg.norm(pairs, axis=-1).min(axis=1), rtol=1e-5)
     # A checkpoint of before there were any.
     assert not WholeImage(5).apply({"prototypes": {}}, jnp.asarray(points)).any()
+
+
+def test_a_standard_deviation_of_the_distance_raises_a_score_by_so_many_logits():
+    scores, distances = np.array([0.0, 0.2, 0.5, 0.99, 1.0]), np.array([3.0, 0.4, 1.0, 50.0, 2.0])
+    normal = np.exp(0.3 * drawn(40)).astype(np.float64) - 0.1
+    spread = np.log(normal + 0.1).std()
+    power = exponent(normal, 0.6)
+    logits = special.logit(scores) + 0.6 * np.log(distances + 0.1) / spread
+    found = raised(jnp.float32(scores), jnp.float32(distances), power)
+    np.testing.assert_allclose(found, special.expit(logits), rtol=1e-5)
+    np.testing.assert_array_equal(raised(scores, distances, 0.0), scores)
+    # The least that is told apart, and too few to tell.
+    assert exponent(np.ones(10), 0.6) == pytest.approx(0.6 / 0.05)
+    assert exponent(normal[:9], 0.6) == 0
 
 
 def test_a_description_is_the_mean_of_what_counts():
