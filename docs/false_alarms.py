@@ -41,6 +41,7 @@ def main() -> None:
 
     config = checked(CONFIG.value)
     config.total_steps, config.memory.patches, config.data.holdout = 0, PATCHES.value, 0.0
+    config.score_distance = 0.0  # of the map alone
     mesh = meshes.create_mesh(jax.devices()[:1])
     data = input_pipeline.load_category(config, config.category)
     count = len(data.train) - HELD.value - JUDGED.value

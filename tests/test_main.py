@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import special
 
 from configs import mvtec
-from prn_jax import experiment, identity
+from prn_jax import experiment, identity, results
 from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import UserError
 from tests import tiny
@@ -165,7 +166,7 @@ def test_records_that_cannot_be_written_are_one_line(bottle, tmp_path):
 
 @pytest.fixture(scope="module")
 def demo_fields(tmp_path_factory):
-    return {"data.data_dir": tmp_path_factory.mktemp("records")}
+    return {"data.data_dir": tmp_path_factory.mktemp("records"), "score_distance": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +260,18 @@ def test_a_run_stopped_again_and_again_ends_as_the_uninterrupted_one(
     again = json.loads((tmp_path / "gravel/results.json").read_text())
     assert again["metrics"] == run["metrics"]
     assert again["test"] == run["test"]
+
+
+@pytest.mark.slow
+def test_a_score_is_of_the_map_and_of_the_distance(uninterrupted):
+    workdir, _, variables, run = uninterrupted
+    _, maps, *_ = results.read_predictions(workdir / "gravel")
+    highest = np.sort(maps.reshape(len(maps), -1).astype(np.float64))[:, -6:].mean(axis=1)
+    scores, distances = (np.array([x[name] for x in run["test"]]) for name in ("score", "distance"))
+    power = variables["prototypes"]["whole"]["exponent"]
+    assert power > 0.3
+    logits = special.logit(highest) + power * np.log(distances + 0.1)
+    np.testing.assert_allclose(special.logit(scores), logits, atol=0.01)
 
 
 @pytest.mark.slow
