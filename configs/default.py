@@ -241,7 +241,7 @@ def get_config() -> ConfigDict:
     # to the area at other sizes. PRNet: 100; DiffusionAD: 50.
     config.score_pixels = 100
     # How many logits of that score a standard deviation of the whole image's distance from normal
-    # ones is worth (of its logarithm over the training images; ten at least): what differs
+    # ones is worth (of its logarithm, over the training images: ten at least): what differs
     # everywhere a little, and dots that are too small for the map, have a part in it. 0: none.
     # Beyond the paper (docs/experiments_use.md, 41).
     config.score_distance = 0.0

@@ -83,13 +83,17 @@ def raised(scores: Any, distances: Any, exponent: Any) -> Any:
 def exponent(distances: np.ndarray, weight: float) -> np.float32:
     """That by which a standard deviation of normal images' distances counts `weight` logits.
 
+    It is half of what lies between the 16th and the 84th of a hundred: an image that is a centre by
+    itself has no distance.
+
     Args:
       distances: of the training images, [n]; of too few nothing can be told: 0.
       weight: `score_distance`.
     """
     if len(distances) < _FEWEST:
         return np.float32(0.0)
-    return np.float32(weight / max(_LEAST_SPREAD, np.std(np.log(distances + _NEAR))))
+    low, high = np.quantile(np.log(distances + _NEAR), (0.16, 0.84))
+    return np.float32(weight / max(_LEAST_SPREAD, (high - low) / 2))
 
 
 def describe(

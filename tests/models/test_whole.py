@@ -28,10 +28,11 @@ def test_the_distance_is_that_from_the_nearest_centre():
 
 def test_a_standard_deviation_of_the_distance_raises_a_score_by_so_many_logits():
     scores, distances = np.array([0.0, 0.2, 0.5, 0.99, 1.0]), np.array([3.0, 0.4, 1.0, 50.0, 2.0])
-    normal = np.exp(0.3 * drawn(40)).astype(np.float64) - 0.1
-    spread = np.log(normal + 0.1).std()
+    normal = np.exp(0.3 * drawn(20_000)).astype(np.float64) - 0.1
+    normal[:200] = 0  # an image that is a centre
     power = exponent(normal, 0.6)
-    logits = special.logit(scores) + 0.6 * np.log(distances + 0.1) / spread
+    assert power == pytest.approx(0.6 / 0.3, rel=0.03)
+    logits = special.logit(scores) + power * np.log(distances + 0.1)
     found = raised(jnp.float32(scores), jnp.float32(distances), power)
     np.testing.assert_allclose(found, special.expit(logits), rtol=1e-5)
     np.testing.assert_array_equal(raised(scores, distances, 0.0), scores)
