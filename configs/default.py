@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     # the detail at four times the work, each time; below 0 it is halved. Of several, (0, 1), each
     # has prototypes and a decoder of its own. (): by `image_size` and the normal images: below 256
     # pixels two looks, as it is and doubled; from there on as it is and halved, or as it is alone
-    # where the product has no pose (docs/experiments_plus.md, 33 and 38). Beyond the paper.
+    # where the product has no pose (docs/experiments_plus.md, 33 and 39). Beyond the paper.
     config.backbone.doublings = (0,)
     # Of several looks, mean: the logits are the mean of theirs, and so is what the loss is of;
     # max: each has a loss of its own, and of their logits the highest counts: what one look finds

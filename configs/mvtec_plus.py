@@ -12,7 +12,7 @@ from prn_jax.configs import fast
 def get_config() -> ConfigDict:
     """Returns the small network, which sees each image in two sizes, or turned."""
     config = fast.get_config()
-    # Looks by the image's size (docs/experiments_plus.md, 33), and the normal images (38).
+    # Looks by the image's size (docs/experiments_plus.md, 33), and the normal images (39).
     config.backbone.doublings = ()
     config.backbone.merge = "auto"
     # Of products without a pose alone, as the normal images tell (docs/experiments_plus.md, 29).

@@ -47,9 +47,9 @@ def image_score(maps: Float[Array, "b h w"], pixels: int) -> Float[Array, " b"]:
     return jnp.mean(jax.lax.top_k(maps.reshape(maps.shape[0], -1), count)[0], axis=1)
 
 
-def exponent_of(variables: Tree) -> jax.Array:
+def exponent_of(model: PRN, variables: Tree) -> jax.Array | None:
     """By which distances have a part in scores: see `models.whole.raised`."""
-    return variables["prototypes"]["whole"]["exponent"]
+    return variables["prototypes"]["whole"]["exponent"] if model.score_distance else None
 
 
 def score_count(pixels: int, height: int, width: int) -> int:
@@ -68,9 +68,7 @@ def make_eval_step(
         logits, distances = model.apply(variables, image, method="inspect")
         maps = jax.nn.sigmoid(logits)
         scores = image_score(maps, score_pixels)
-        if model.score_distance:
-            scores = raised(scores, distances, exponent_of(variables))
-        return maps, scores, distances
+        return maps, raised(scores, distances, exponent_of(model, variables)), distances
 
     return jax.jit(mapped(step, mesh))
 
@@ -166,9 +164,8 @@ def predict(
             _distance_step(model, mesh), variables, (descriptors,), mesh, size, (distances,)
         )
         scores = np.array([_score(x, score_pixels) for x in maps], np.float32)
-        if model.score_distance:
-            scores = raised(scores, distances, np.asarray(exponent_of(variables)))
-        return maps, scores, distances
+        exponent = jax.device_get(exponent_of(model, variables))
+        return maps, raised(scores, distances, exponent), distances
     step = make_eval_step(model, score_pixels, mesh)
     size = fixed_size(batch_size if fill else len(images), batch_size, mesh)
     empty = np.empty(images.shape[:3], np.float32), *np.empty((2, len(images)), np.float32)

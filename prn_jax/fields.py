@@ -183,7 +183,7 @@ def looks(config: ConfigDict, posed: bool = True) -> tuple[tuple[int, ...], str]
     Args:
       config: whose `image_size` is (height, width).
       posed: whether the product always lies alike; what does not is looked at once from 256 pixels
-        on (docs/experiments_plus.md, 38).
+        on (docs/experiments_plus.md, 39).
     """
     large = min(config.image_size) >= 256
     doublings = tuple(config.backbone.get("doublings", (0,)))

@@ -17,7 +17,6 @@ from prn_jax.fields import checked
 from prn_jax.models.prn import PRN
 from prn_jax.tiles import Tiling
 from tests import tiny
-from tests.trees import make_mvtec
 
 TILINGS = [
     Tiling((8, 12), (1, 1), 4),
@@ -257,12 +256,8 @@ def test_tiles_are_the_samples_and_only_marked_ones_of_seen_anomalies():
 
 @pytest.mark.slow
 def test_a_run_in_tiles_is_resumed_and_predicts_what_it_was_judged_by(tmp_path):
-    tiny.register()
-    make_mvtec(tmp_path / "raw", defects={"broken": 3}, train=3, size=(100, 90))
-    config = default.get_config()
-    config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
-    config.update_from_flattened_dict(tiny.FIELDS | {
-        "category": "bottle", "tiles": (2, 2), "tile_overlap": 16, "num_seen": 1,
+    config = tiny.run_config(tmp_path, size=(100, 90), train=3, **{
+        "tiles": (2, 2), "tile_overlap": 16,
         "total_steps": 2, "checkpoint.every_steps": 1, "memory.patches": 8, "average_turns": True,
         "patch_map.weight": 0.5, "patch_map.patches": 8, "patch_map.backbone.name": "tiny",
         "patch_map.backbone.weights": "random",

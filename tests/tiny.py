@@ -8,7 +8,9 @@ import sys
 
 import flax.linen as nn
 
+from configs import default
 from prn_jax.models import backbone
+from tests.trees import make_mvtec
 
 
 class Tiny(nn.Module):
@@ -41,6 +43,16 @@ FIELDS = {
     "synthesis.max_textures": 10,
     "batch_size": 8,
 }
+
+
+def run_config(root, size, train, **fields):
+    """The fields of a short run of such a network, on a bottle of random images in `root`."""
+    register()
+    make_mvtec(root / "raw", defects={"broken": 3}, train=train, size=size)
+    config = default.get_config()
+    config.data.manual_dir, config.data.data_dir = str(root / "raw"), str(root / "records")
+    config.update_from_flattened_dict(FIELDS | {"category": "bottle", "num_seen": 1} | fields)
+    return config
 
 
 def register():

@@ -28,7 +28,7 @@ class Graph:
       given: (height, width) of the images that the export takes.
       batch: images that it takes at a time; 0: any number.
       score_pixels: see `evaluate.image_score`.
-      exponent: see `models.whole.raised`; 0: scores are of the map alone.
+      exponent: see `models.whole.raised`.
       about: what its user has to know: plain JSON types.
       opset: of ONNX; None: the converter's own.
       calibration: uint8 [n, *size, 3], by which an integer network is made; None: none is.
@@ -39,7 +39,7 @@ class Graph:
     given: Size
     batch: int
     score_pixels: int
-    exponent: float
+    exponent: float | None
     about: dict[str, Any]
     opset: int | None = None
     calibration: np.ndarray | None = None
@@ -48,11 +48,7 @@ class Graph:
         """`OUTPUTS` of images at the network's size."""
         maps, distances = self.inspect(image)
         scores = evaluate.image_score(maps, self.score_pixels)
-        return maps, self.raised(scores, distances), distances
-
-    def raised(self, scores: Any, distances: Any) -> Any:
-        """The scores with the distances' part in them."""
-        return raised(scores, distances, self.exponent) if self.exponent else scores
+        return maps, raised(scores, distances, self.exponent), distances
 
     def resize(self, image: jax.Array) -> jax.Array:
         """Images at the camera's size -> at the network's."""
@@ -86,8 +82,8 @@ def make(
     def inspect(image):
         return evaluate.stitched(model, variables, image)
 
-    exponent = float(evaluate.exponent_of(variables)) if model.score_distance else 0.0
+    exponent = evaluate.exponent_of(model, variables)
     return Graph(
-        inspect, size, given or size, batch, detector.config.score_pixels, exponent, about, opset,
-        calibration,
+        inspect, size, given or size, batch, detector.config.score_pixels,
+        None if exponent is None else float(exponent), about, opset, calibration,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import jax
 
 from prn_jax import evaluate
 from prn_jax.export.graph import Graph
+from prn_jax.models.whole import raised
 
 NEEDS = ("tensorflow",)
 IS_EXACT = True
@@ -57,7 +58,7 @@ def write(graph: Graph, path: pathlib.Path) -> None:
             )
             # In TensorFlow's ops: its XLA knows no top k of a batch of any size.
             best = tf.math.top_k(tf.reshape(maps, [-1, height * width]), top).values
-            scores = graph.raised(tf.reduce_mean(best, axis=1), distances)
+            scores = raised(tf.reduce_mean(best, axis=1), distances, graph.exponent)
             return {"map": maps, "score": scores, "distance": distances}
 
     module = Module()

@@ -27,8 +27,8 @@ class PRN(nn.Module):
 
     Variable collections: `params` (trained), `batch_stats` (the decoder's), `backbone` (frozen
     stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], untrained
-    `patch_map/reference`, and those of `whole.py`: `interest/mask`, `whole/centres` and
-    `whole/spread`). What comes after the backbone
+    `patch_map/reference`, and those of `whole.py`: `interest/mask`, `whole/centres`,
+    `whole/spread` and, with `score_distance`, `whole/exponent`). What comes after the backbone
     is there once more for each further look, in `closer_i`; what a patch map beside the network
     has of `backbone` and `prototypes` is in `beside`.
 

@@ -74,8 +74,10 @@ def raised(scores: Any, distances: Any, exponent: Any) -> Any:
     Args:
       scores: [b], in [0, 1]; arrays of NumPy, JAX or TensorFlow.
       distances: [b], of `WholeImage`.
-      exponent: the variable.
+      exponent: the variable; None: the distance has no part in scores.
     """
+    if exponent is None:
+        return scores
     odds = scores * (distances + _NEAR) ** exponent
     return odds / (odds + 1.0 - scores)
 

@@ -15,7 +15,6 @@ from prn_jax.models.backbone import BACKBONES, create_backbone
 from prn_jax.models.layers import upsample
 from prn_jax.models.prn import PRN, compute_dtype, create_model
 from tests import tiny
-from tests.trees import make_mvtec
 
 POSED = ((0, False),)
 LOOSE = ((0, False), (1, True))
@@ -202,13 +201,9 @@ def test_a_way_to_merge_that_there_is_not():
 
 @pytest.mark.slow
 def test_a_product_without_a_pose_is_looked_at_once(tmp_path):
-    tiny.register()
-    make_mvtec(tmp_path / "raw", defects={"broken": 3}, train=4, size=(100, 100))
-    config = default.get_config()
-    config.data.manual_dir, config.data.data_dir = str(tmp_path / "raw"), str(tmp_path / "records")
-    config.update_from_flattened_dict(tiny.FIELDS | {
-        "category": "bottle", "num_seen": 1, "image_size": (256, 256), "total_steps": 1,
-        "backbone.doublings": (), "backbone.merge": "auto",
+    config = tiny.run_config(tmp_path, size=(100, 100), train=4, **{
+        "image_size": (256, 256), "total_steps": 1, "backbone.doublings": (),
+        "backbone.merge": "auto",
     })  # fmt: skip
     experiment.train_and_evaluate(config, str(tmp_path / "work"))
     run = json.loads((tmp_path / "work" / "bottle" / "results.json").read_text())
