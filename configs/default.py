@@ -242,8 +242,9 @@ def get_config() -> ConfigDict:
     config.score_pixels = 100
     # How many logits of that score a standard deviation of the whole image's distance from normal
     # ones is worth (of its logarithm, over the training images: ten at least): what differs
-    # everywhere a little, and dots that are too small for the map, have a part in it. 0: none.
-    # Beyond the paper (docs/experiments_use.md, 41).
+    # everywhere a little, and dots that are too small for the map, have a part in it. It counts as
+    # far as that distance tells the seen anomalies from normal images; without any, not. 0: not at
+    # all. Beyond the paper (docs/experiments_use.md, 41 and 42).
     config.score_distance = 0.0
     # Whether a map is the mean of the image's in all turns and flips that the normal images show to
     # be as good (as with synthesis.turns): 8 of a texture, so 8 times the work of prediction; as it

@@ -151,6 +151,7 @@ def _train(
             actions=board.profile(config, folder, identity.steps),
             evaluate=evaluate_during,
             roi=data.roi,
+            seen_images=data.seen.image,
             begun=lambda: meshes.from_main("the record of what is trained on", record),
         )
     finally:

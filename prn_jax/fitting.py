@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -22,7 +23,12 @@ Tree = Any
 
 
 def fit_prototypes(
-    config: ConfigDict, model: PRN, variables: Tree, images: np.ndarray, mesh: Mesh
+    config: ConfigDict,
+    model: PRN,
+    variables: Tree,
+    images: np.ndarray,
+    mesh: Mesh,
+    seen: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
     """Clusters the frozen feature maps of the normal images, each scale by itself.
 
@@ -37,6 +43,7 @@ def fit_prototypes(
       images: normal training images, uint8 [n, h, w, 3], not cut into tiles, the same on every
         process.
       mesh: devices.
+      seen: seen anomalies, uint8 [m, h, w, 3], from which `score_distance` is told; default: none.
 
     Returns:
       The `prototypes` collection, see `PRN`, without `interest`; on every device.
@@ -49,7 +56,7 @@ def fit_prototypes(
             "(prototypes.max_images)",
             len(some), len(images),
         )  # fmt: skip
-    result = _fit_network(config, model, variables, images, some, mesh)
+    result = _fit_network(config, model, variables, images, some, mesh, seen)
     if model.beside_name:
         known = {"backbone": variables["backbone"]["beside"]}
         known["prototypes"] = variables.get("prototypes", {})
@@ -66,6 +73,7 @@ def _fit_network(
     images: np.ndarray,
     some: np.ndarray,
     mesh: Mesh,
+    seen: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """What one network compares with; its prototypes are of `some` of the images."""
     looks = [
@@ -77,8 +85,15 @@ def _fit_network(
     whole = fit_whole(means, model.kinds, model.num_centres, key, mesh)
     result = looks[0] | {f"closer_{i}": x for i, x in enumerate(looks[1:])}
     if model.score_distance:
-        distances = WholeImage(model.num_centres).apply({"prototypes": whole}, means)
-        whole["exponent"] = exponent(np.asarray(distances), model.score_distance)
+        strange = images[:0] if seen is None else seen
+        strange = descriptors(model, variables, strange, mesh, config.eval_batch_size)
+        distance = functools.partial(WholeImage(model.num_centres).apply, {"prototypes": whole})
+        normal, strange = (np.asarray(distance(jnp.asarray(x))) for x in (means, strange))
+        whole["exponent"] = exponent(normal, strange, model.score_distance)
+        logging.info(
+            "score_distance: the odds of a score are multiplied by the distance to the power of "
+            "%.2f, as %d seen anomalies tell", whole["exponent"], len(strange),
+        )  # fmt: skip
     result["whole"] = meshes.replicate(mesh, whole)
     if not model.trained:
         stored = {"prototypes": variables.get("prototypes", {}) | result}

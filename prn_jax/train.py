@@ -293,6 +293,7 @@ def train(
     describe: Callable[[Tree], None] = lambda params: None,
     actions: Sequence[Callable[[int], Any]] = (),
     roi: np.ndarray | None = None,
+    seen_images: np.ndarray | None = None,
     begun: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Trains one category to its last step, from the newest checkpoint if there is one.
@@ -309,6 +310,7 @@ def train(
       describe: receives the trained parameters, before the first step.
       actions: called with each step when it is done, as CLU's periodic actions are.
       roi: where an image counts, uint8 [h, w] in {0, 1}; default: everywhere.
+      seen_images: see `fit_prototypes`.
       begun: called when the state to go on from is there; before, what there was may be refused.
 
     Raises:
@@ -324,7 +326,8 @@ def train(
     model = create_model(config, clusters, identity.turns)
     optimizer = create_optimizer(config, steps)
     roi = np.ones(normal_images.shape[1:3], np.uint8) if roi is None else roi
-    state, frozen = _start(config, model, optimizer, normal_images, checkpoints, mesh, roi)
+    images = normal_images, seen_images
+    state, frozen = _start(config, model, optimizer, images, checkpoints, mesh, roi)
     begun()
     train_step = make_train_step(config, model, optimizer, mesh)
     start = int(state.step)
@@ -382,9 +385,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _start(
-    config, model, optimizer, normal_images, checkpoints, mesh, roi
-) -> tuple[TrainState, Tree]:
+def _start(config, model, optimizer, images, checkpoints, mesh, roi) -> tuple[TrainState, Tree]:
     """The newest checkpoint's state, or a fresh one with its prototypes."""
     if checkpoints.latest_step() is not None:
         network, rest = checkpoints.restore(*_abstract(config, model, optimizer, mesh))
@@ -401,16 +402,14 @@ def _start(
     interest = {"interest": {"mask": meshes.replicate(mesh, roi)}}
     began = time.monotonic()
     known = variables | {"prototypes": interest}
-    stored = interest | fit_prototypes(config, model, known, normal_images, mesh)
+    normal, seen = images
+    stored = interest | fit_prototypes(config, model, known, normal, mesh, seen)
+    made = (model.num_prototypes, "prototypes") if model.trained else (model.num_patches, "patches")
     logging.info(
         "%d %s per scale (%.0f MB in all) from %d normal images in %.1f s",
-        *(
-            (model.num_prototypes, "prototypes")
-            if model.trained
-            else (model.num_patches, "patches")
-        ),
+        *made,
         sum(x.nbytes for x in jax.tree.leaves(stored)) / 1e6,
-        len(normal_images),
+        len(normal),
         time.monotonic() - began,
     )
     state = create_state(config, variables, optimizer, mesh)

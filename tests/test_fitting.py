@@ -86,3 +86,23 @@ def test_what_stands_beside_a_trained_network_is_what_there_is_without_training(
         variables["backbone"]["beside"]["backbone"],
         alone["backbone"]["backbone"],
     )
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_seen_anomalies_tell_how_far_the_distance_counts(count):
+    tiny.register()
+    config = default.get_config()
+    config.update_from_flattened_dict(tiny.FIELDS | {"score_distance": 0.5})
+    rng = np.random.default_rng(0)
+    images = rng.integers(100, 140, (12, 64, 64, 3)).astype(np.uint8)
+    seen = rng.integers(0, 256, (count, 64, 64, 3)).astype(np.uint8)
+    mesh = meshes.create_mesh(jax.devices()[:2])
+    model = train.create_model(config, 2)
+    variables = meshes.replicate(mesh, train.create_variables(config, model))
+    stored = fitting.fit_prototypes(config, model, variables, images, mesh, seen)
+    stored["interest"] = {"mask": meshes.replicate(mesh, np.ones((64, 64), np.uint8))}
+    *_, distances = evaluate.predict(model, variables | {"prototypes": stored}, images, mesh)
+    low, high = np.quantile(np.log(distances + 0.1), (0.16, 0.84))
+    # Noise of another range is farther than every normal image.
+    expected = 0.5 / ((high - low) / 2) if count else 0
+    assert stored["whole"]["exponent"] == pytest.approx(expected, rel=1e-4)

@@ -166,7 +166,7 @@ def test_records_that_cannot_be_written_are_one_line(bottle, tmp_path):
 
 @pytest.fixture(scope="module")
 def demo_fields(tmp_path_factory):
-    return {"data.data_dir": tmp_path_factory.mktemp("records"), "score_distance": 0.3}
+    return {"data.data_dir": tmp_path_factory.mktemp("records"), "score_distance": 2.0}
 
 
 @pytest.fixture(scope="module")

@@ -271,6 +271,7 @@ def untrained_beside(model: PRN) -> PRN:
         use_prototypes=True,
         window=0,
         num_centres=1,
+        score_distance=0.0,
         trained=False,
         turns=PRN.turns,
     )

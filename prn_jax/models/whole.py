@@ -82,20 +82,24 @@ def raised(scores: Any, distances: Any, exponent: Any) -> Any:
     return odds / (odds + 1.0 - scores)
 
 
-def exponent(distances: np.ndarray, weight: float) -> np.float32:
-    """That by which a standard deviation of normal images' distances counts `weight` logits.
+def exponent(distances: np.ndarray, seen: np.ndarray, weight: float) -> np.float32:
+    """That by which a standard deviation of normal images' distances counts in a score's logit.
 
     It is half of what lies between the 16th and the 84th of a hundred: an image that is a centre by
-    itself has no distance.
+    itself has no distance. It counts as far as the distance tells the seen anomalies from normal
+    images: with the area under that ROC curve A, the share (2 A - 1)^2 of `weight`, which is little
+    where they are told by chance (docs/experiments_use.md, 42).
 
     Args:
       distances: of the training images, [n]; of too few nothing can be told: 0.
+      seen: of the seen anomalies, [m]; of none nothing can be told.
       weight: `score_distance`.
     """
-    if len(distances) < _FEWEST:
+    if len(distances) < _FEWEST or not len(seen):
         return np.float32(0.0)
     low, high = np.quantile(np.log(distances + _NEAR), (0.16, 0.84))
-    return np.float32(weight / max(_LEAST_SPREAD, (high - low) / 2))
+    above = np.sign(seen[:, None] - distances).mean()  # 2 A - 1
+    return np.float32(weight * max(0.0, above) ** 2 / max(_LEAST_SPREAD, (high - low) / 2))
 
 
 def describe(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
+from sklearn import metrics
 
 from prn_jax import mesh as meshes
 from prn_jax.models.prn import PRN
@@ -30,15 +31,27 @@ def test_a_standard_deviation_of_the_distance_raises_a_score_by_so_many_logits()
     scores, distances = np.array([0.0, 0.2, 0.5, 0.99, 1.0]), np.array([3.0, 0.4, 1.0, 50.0, 2.0])
     normal = np.exp(0.3 * drawn(20_000)).astype(np.float64) - 0.1
     normal[:200] = 0  # an image that is a centre
-    power = exponent(normal, 0.6)
+    far = np.full(3, 9.0)
+    power = exponent(normal, far, 0.6)
     assert power == pytest.approx(0.6 / 0.3, rel=0.03)
     logits = special.logit(scores) + power * np.log(distances + 0.1)
     found = raised(jnp.float32(scores), jnp.float32(distances), power)
     np.testing.assert_allclose(found, special.expit(logits), rtol=1e-5)
     np.testing.assert_array_equal(raised(scores, distances, 0.0), scores)
     # The least that is told apart, and too few to tell.
-    assert exponent(np.ones(10), 0.6) == pytest.approx(0.6 / 0.05)
-    assert exponent(normal[:9], 0.6) == 0
+    assert exponent(np.ones(10), far, 0.6) == pytest.approx(0.6 / 0.05)
+    assert exponent(normal[:9], far, 0.6) == 0
+
+
+@pytest.mark.parametrize("shift", [-1.0, 0.5, 2.0])
+def test_a_distance_counts_as_far_as_it_tells_the_seen_anomalies(shift):
+    normal, seen = np.exp(drawn(200)), np.exp(shift + drawn(9, 1))
+    normal[:20] = seen[0]  # as far as one another
+    area = metrics.roc_auc_score(np.repeat([0, 1], [200, 9]), np.concatenate([normal, seen]))
+    assert (area > 0.5) == (shift > 0)
+    share, fully = max(0.0, 2 * area - 1) ** 2, exponent(normal, np.full(1, 1e9), 0.3)
+    assert exponent(normal, seen, 0.3) == pytest.approx(share * fully)
+    assert exponent(normal, seen[:0], 0.3) == 0
 
 
 def test_a_description_is_the_mean_of_what_counts():
