@@ -12,8 +12,6 @@ from prn_jax.configs import mvtec_plus
 def get_config() -> ConfigDict:
     """Returns `mvtec_plus` with your folder; without defects, add --config.num_seen=0."""
     config = mvtec_plus.get_config()
-    # A lamp that has changed is to be told ("unfamiliar"), not to raise every score.
-    config.score_distance = 0.0
     config.data.name = "folder"
     config.data.manual_dir = "~/data/my_products"
     # 99 images held out promise at most 1 % false alarms; of fewer, the promise is weaker.

@@ -18,6 +18,4 @@ def get_config() -> ConfigDict:
     # Of products without a pose alone, as the normal images tell (docs/experiments_plus.md, 29).
     config.synthesis.turns = True
     config.average_turns = True
-    # The seen anomalies say how far (docs/experiments_use.md, 42).
-    config.score_distance = 0.3
     return config
