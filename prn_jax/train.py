@@ -326,8 +326,9 @@ def train(
     model = create_model(config, clusters, identity.turns)
     optimizer = create_optimizer(config, steps)
     roi = np.ones(normal_images.shape[1:3], np.uint8) if roi is None else roi
-    images = normal_images, seen_images
-    state, frozen = _start(config, model, optimizer, images, checkpoints, mesh, roi)
+    state, frozen = _start(
+        config, model, optimizer, normal_images, seen_images, checkpoints, mesh, roi
+    )
     begun()
     train_step = make_train_step(config, model, optimizer, mesh)
     start = int(state.step)
@@ -385,7 +386,9 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _start(config, model, optimizer, images, checkpoints, mesh, roi) -> tuple[TrainState, Tree]:
+def _start(
+    config, model, optimizer, normal_images, seen_images, checkpoints, mesh, roi
+) -> tuple[TrainState, Tree]:
     """The newest checkpoint's state, or a fresh one with its prototypes."""
     if checkpoints.latest_step() is not None:
         network, rest = checkpoints.restore(*_abstract(config, model, optimizer, mesh))
@@ -402,14 +405,13 @@ def _start(config, model, optimizer, images, checkpoints, mesh, roi) -> tuple[Tr
     interest = {"interest": {"mask": meshes.replicate(mesh, roi)}}
     began = time.monotonic()
     known = variables | {"prototypes": interest}
-    normal, seen = images
-    stored = interest | fit_prototypes(config, model, known, normal, mesh, seen)
+    stored = interest | fit_prototypes(config, model, known, normal_images, mesh, seen_images)
     made = (model.num_prototypes, "prototypes") if model.trained else (model.num_patches, "patches")
     logging.info(
         "%d %s per scale (%.0f MB in all) from %d normal images in %.1f s",
         *made,
         sum(x.nbytes for x in jax.tree.leaves(stored)) / 1e6,
-        len(normal),
+        len(normal_images),
         time.monotonic() - began,
     )
     state = create_state(config, variables, optimizer, mesh)
