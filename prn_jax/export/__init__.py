@@ -106,7 +106,7 @@ def export(
         say_type(detector.thresholds, np.float32)
     about = _about(detector, kind, input_size, batch_size, calibration is not None)
     made_of = graph.make(
-        detector, about, input_size, batch_size, opset, calibration, runtime.GROUPED_CONVS
+        detector, about, input_size, batch_size, opset, calibration, runtime.UNFUSED
     )
     batch = batch_size or min(16, len(files))
     compute = graph.make(detector, about).compute  # as prediction does

@@ -67,16 +67,16 @@ def make(
     batch: int = 0,
     opset: int | None = None,
     calibration: np.ndarray | None = None,
-    grouped_convs: bool = False,
+    unfused: bool = False,
 ) -> Graph:
-    """The graph of a detector; see `Graph`, and `backbone.Conv` for the last argument.
+    """The graph of a detector; see `Graph`, and `PRN` for the last argument.
 
     Raises:
       UserError: the camera's images are too large for the network.
     """
     size = detector.image_size
     resize.check(given or size, size)
-    model = detector.model.clone(dtype=jnp.float32, grouped_convs=grouped_convs)
+    model = detector.model.clone(dtype=jnp.float32, unfused=unfused)
     variables = jax.tree.map(jnp.asarray, jax.device_get(detector.variables))
 
     def inspect(image):

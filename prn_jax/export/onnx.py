@@ -14,7 +14,7 @@ from prn_jax.export.graph import OUTPUTS, Graph
 
 NEEDS = ("jax2onnx", "onnxruntime")
 IS_EXACT = True  # without calibration
-GROUPED_CONVS = True  # its kernel for them
+UNFUSED = True  # see `models.prn.PRN`
 RUNNER = """
 import onnxruntime
 onnxruntime.set_default_logger_severity(3)

@@ -15,7 +15,7 @@ from prn_jax.export.graph import Graph
 
 NEEDS = ("jax2onnx", "onnxruntime", "openvino")
 IS_EXACT = False
-GROUPED_CONVS = True  # its kernel for them
+UNFUSED = True  # see `models.prn.PRN`
 RUNNER = """
 sys.modules.setdefault("openvino_telemetry", None)
 import openvino

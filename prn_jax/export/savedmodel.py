@@ -12,7 +12,7 @@ from prn_jax.models.whole import raised
 
 NEEDS = ("tensorflow",)
 IS_EXACT = True
-GROUPED_CONVS = False  # XLA
+UNFUSED = False  # XLA fuses
 RUNNER = """
 import tensorflow as tf
 model = tf.saved_model.load(path)

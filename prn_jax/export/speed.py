@@ -93,7 +93,7 @@ def measure(
             for name, (kind, int8) in RUNTIMES.items():
                 path = prepare(kind, pathlib.Path(folder) / str(len(exports)), int8)
                 options = {"calibration": pixels} if int8 else {}
-                options["grouped_convs"] = FORMATS[kind].GROUPED_CONVS
+                options["unfused"] = FORMATS[kind].UNFUSED
                 made = graph.make(detector, {}, **options)
                 FORMATS[kind].write(made, path)
                 exports.append(_Export(number, name, path, files))

@@ -8,7 +8,7 @@ from prn_jax.export.graph import Graph
 
 NEEDS = ()
 IS_EXACT = True
-GROUPED_CONVS = False  # XLA
+UNFUSED = False  # XLA fuses
 # Run by check.py in a process of its own; `path` is the export.
 RUNNER = """
 import pathlib, jax

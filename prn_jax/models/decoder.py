@@ -20,11 +20,13 @@ class Decoder(nn.Module):
       channels: width of the levels at strides 4, 8 and 16.
       stride: of the finest level, 1, 2 or 4; its logits are brought up to the image's size.
       dtype: compute type; the logits are float32.
+      unfused: see `layers.upsample`.
     """
 
     channels: tuple[int, ...] = (64, 128, 256)
     stride: int = 1
     dtype: Dtype = jnp.float32
+    unfused: bool = False
 
     @nn.compact
     def __call__(
@@ -47,17 +49,17 @@ class Decoder(nn.Module):
         """
         x = deepest
         for width, skip in zip(reversed(self.channels), reversed(fused)):
-            x = upsample(conv1x1(width, self.dtype)(x))
+            x = upsample(conv1x1(width, self.dtype)(x), 1, self.unfused)
             x = jnp.concatenate([x, skip.astype(x.dtype)], axis=-1)
             x = ConvNormReLU(width, self.dtype)(x, train)
             x = ConvNormReLU(width, self.dtype)(x, train)
         finer = {4: 0, 2: 1, 1: 2}[self.stride]
         levels = (self.channels[0] // 2, stem), (self.channels[0] // 4, None)
         for width, skip in levels[:finer]:
-            x = upsample(conv1x1(width, self.dtype)(x))
+            x = upsample(conv1x1(width, self.dtype)(x), 1, self.unfused)
             if skip is not None:
                 skip = conv1x1(width, self.dtype, "stem")(skip.astype(x.dtype))
                 x = jnp.concatenate([x, skip], axis=-1)
             x = ConvNormReLU(width, self.dtype)(x, train)
         logit = nn.Conv(1, (3, 3), dtype=jnp.float32, name="logit")(x)
-        return upsample(logit, 2 - finer)[..., 0]
+        return upsample(logit, 2 - finer, self.unfused)[..., 0]

@@ -20,9 +20,11 @@ class MultiScaleFusion(nn.Module):
 
     Attributes:
       dtype: compute type.
+      unfused: see `layers.upsample`.
     """
 
     dtype: Dtype = jnp.float32
+    unfused: bool = False
 
     @nn.compact
     def __call__(self, maps: tuple[Float[Array, "..."], ...]) -> tuple[Float[Array, "..."], ...]:
@@ -39,7 +41,7 @@ class MultiScaleFusion(nn.Module):
             return x
         if source > target:
             x = conv1x1(channels, self.dtype, name)(x)
-            return upsample(x, source - target)
+            return upsample(x, source - target, self.unfused)
         for halving in range(1, target - source + 1):
             width = channels if halving == target - source else x.shape[-1]
             x = nn.Conv(

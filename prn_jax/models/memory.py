@@ -75,7 +75,12 @@ class PatchMap(nn.Module):
 
     The map is d / (d + r), with r the distance at a normal image's farthest place, on average: the
     variable `reference` of the collection `prototypes`. So logit = log(d / r).
+
+    Attributes:
+      unfused: see `layers.upsample`.
     """
+
+    unfused: bool = False
 
     @nn.compact
     def __call__(
@@ -85,10 +90,10 @@ class PatchMap(nn.Module):
         reference = self.variable("prototypes", "reference", jnp.ones, (), jnp.float32).value
         finest = min(doublings)
         squared = sum(
-            upsample(jnp.sum(x, axis=-1, keepdims=True), n - finest)
+            upsample(jnp.sum(x, axis=-1, keepdims=True), n - finest, self.unfused)
             for x, n in zip(residuals, doublings)
         )
-        distance = _smooth(upsample(jnp.sqrt(squared), finest))[..., 0]
+        distance = _smooth(upsample(jnp.sqrt(squared), finest, self.unfused))[..., 0]
         return jnp.log(jnp.maximum(distance, 1e-12) / reference)
 
 

@@ -65,7 +65,8 @@ class PRN(nn.Module):
       turns: quarter turns against the clock, and whether left and right are swapped then: the
         logits are the mean of the image's, turned in each of these ways, turned back. Not in
         training. The first changes nothing.
-      grouped_convs: see `backbone.Conv`.
+      unfused: for a runtime that fuses no operators: see `layers.upsample`; depthwise convs are
+        grouped ones then, see `backbone.Conv`.
       dtype: compute type; parameters, statistics, distances and logits are float32.
     """
 
@@ -94,7 +95,7 @@ class PRN(nn.Module):
     beside_patches: int = 1024
     tiling: Tiling | None = None
     turns: tuple[tuple[int, bool], ...] = ((0, False),)
-    grouped_convs: bool = False
+    unfused: bool = False
     dtype: Dtype = jnp.float32
 
     def setup(self):
@@ -103,25 +104,25 @@ class PRN(nn.Module):
             self.train_stage4,
             self.dtype,
             return_stem=True,
-            grouped=self.grouped_convs,
+            grouped=self.unfused,
             stages=self.stages,
         )
         self.scale = [PrototypeResidual(self.num_prototypes) for _ in range(SCALES)]
         self.memory = [PatchResidual(self.num_patches) for _ in range(SCALES)]
-        self.patch_map = PatchMap()
+        self.patch_map = PatchMap(self.unfused)
         self.interest = RegionOfInterest()
         self.whole = WholeImage(self.num_centres, scores=bool(self.score_distance))
         self.join = [conv1x1(x, self.dtype) for x in self._channels()]
-        self.fuse_features = MultiScaleFusion(self.dtype)
-        self.fuse_residuals = MultiScaleFusion(self.dtype)
+        self.fuse_features = MultiScaleFusion(self.dtype, self.unfused)
+        self.fuse_residuals = MultiScaleFusion(self.dtype, self.unfused)
         self.attention = [
             [MultiSizeAttention(self.divisions, self.dtype) for _ in range(self.attention_layers)]
             if scale + 1 in self.attention_scales
             else []
             for scale in range(SCALES)
         ]
-        self.fuse_attended = MultiScaleFusion(self.dtype)
-        self.decoder = Decoder(self.decoder_channels, self.decoder_stride, self.dtype)
+        self.fuse_attended = MultiScaleFusion(self.dtype, self.unfused)
+        self.decoder = Decoder(self.decoder_channels, self.decoder_stride, self.dtype, self.unfused)
         self.closer = [
             self.clone(doublings=(times,), beside_name="") for times in self.doublings[1:]
         ]
@@ -204,7 +205,7 @@ class PRN(nn.Module):
                 maps[scale] = layer(maps[scale])
         maps = self._fuse(self.fuse_attended, maps)
         logits = self.decoder(stages[-1], maps, stem if self.use_stem else None, train)
-        return resized(logits[..., None], -doublings)[..., 0]
+        return resized(logits[..., None], -doublings, self.unfused)[..., 0]
 
     def _residuals(self, scale: int, features: Array) -> list[Array]:
         """A scale's residuals, float32: of whole maps, of a window, of the memory."""
@@ -254,7 +255,7 @@ class PRN(nn.Module):
         """What enters stage 1, and the stages' maps: strides 2, 4, 8, 16, 32 once resized."""
         spec = BACKBONES[self.backbone_name]
         normalised = (image.astype(jnp.float32) - jnp.array(spec.mean)) / jnp.array(spec.std)
-        seen = resized(normalised.astype(self.dtype), doublings)
+        seen = resized(normalised.astype(self.dtype), doublings, self.unfused)
         return tuple(spec.gain * x for x in self.backbone(seen))
 
 

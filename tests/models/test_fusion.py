@@ -32,6 +32,13 @@ def test_upsample_equals_scipy():
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("doublings", [0, 1, 3])
+def test_products_double_as_shifts_do(doublings):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
+    products = upsample(x, doublings, unfused=True)
+    np.testing.assert_allclose(products, upsample(x, doublings), atol=1e-6)
+
+
 def test_each_scale_receives_each_scale():
     maps = tuple(jax.random.normal(jax.random.key(i), s) for i, s in enumerate(SHAPES))
     block = MultiScaleFusion()
