@@ -120,6 +120,10 @@ def get_config() -> ConfigDict:
     # The map is cut into d x d patches for each d; each d owns an equal share of the channels.
     # Fig. 3 draws several sizes; PRNet's are H, H/2, H/4, H/8.
     config.attention.divisions = (1, 2, 4, 8)
+    # Whether the conv that merges the sizes has a batch norm, as PRNet's have; Fig. 3 shows a conv
+    # alone. Without, at 256x256, maps grow from layer to layer until the softmax fails
+    # (docs/experiments.md, 43).
+    config.attention.norm = True
 
     config.decoder = ConfigDict()
     # Whether the decoder sees the backbone's first map too, at stride 2, for sharper borders.

@@ -57,6 +57,7 @@ _NETWORK_FIELDS = (
 )
 # What a field amounted to before there was one, or since there is none.
 _BEFORE = {
+    "attention.norm": False,
     "attention.scales": [1, 2, 3],
     "average_turns": False,
     "backbone.doublings": [0],

@@ -39,7 +39,7 @@ class TrainState:
     Attributes:
       step: steps done, int32.
       params: trained parameters.
-      batch_stats: running statistics of the decoder's batch norms.
+      batch_stats: running statistics of the batch norms.
       opt_state: the optimiser's.
       average: moving averages of `params` and `batch_stats`; None without `optimizer.average`.
     """

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from prn_jax.models.layers import Dtype, conv1x1
+from prn_jax.models.layers import Dtype, batch_norm, conv1x1
 
 
 class MultiSizeAttention(nn.Module):
@@ -21,14 +21,16 @@ class MultiSizeAttention(nn.Module):
     Attributes:
       divisions: the map is cut into d x d patches for each d. Each owns an equal share of the
         channels (the first ones take what does not divide).
+      norm: the conv that merges has a batch norm, see `ConvNormReLU`.
       dtype: compute type; the softmax is float32.
     """
 
     divisions: tuple[int, ...] = (1, 2, 4, 8)
+    norm: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         channels = x.shape[-1]
         shares = _shares(channels, len(self.divisions))
         # A single patch attends to itself with weight 1 whatever its query and key are: it gets
@@ -43,9 +45,10 @@ class MultiSizeAttention(nn.Module):
             v if d == 1 else attend(q, k, v, d)
             for d, q, k, v in zip(self.divisions, queries, keys, values)
         ]
-        merged = nn.Conv(channels, (3, 3), dtype=self.dtype, name="merge")(
-            jnp.concatenate(heads, axis=-1)
-        )
+        merge = nn.Conv(channels, (3, 3), use_bias=not self.norm, dtype=self.dtype, name="merge")
+        merged = merge(jnp.concatenate(heads, axis=-1))
+        if self.norm:
+            merged = batch_norm(train, self.dtype)(merged)
         return x + nn.leaky_relu(merged, 0.2)
 
 

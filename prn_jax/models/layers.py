@@ -12,11 +12,17 @@ Dtype = Any
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
 
+def batch_norm(train: bool, dtype: Dtype) -> nn.BatchNorm:
+    """Batch norm by the batch's statistics (`train`) or by running ones.
+
+    The batch is the global one, over all devices of the mesh axis `data`, so that one device and
+    eight compute the same function.
+    """
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name="data", dtype=dtype)
+
+
 class ConvNormReLU(nn.Module):
     """3x3 conv, batch norm, ReLU.
-
-    In training the statistics are those of the global batch, over all devices of the mesh axis
-    `data`, so that one device and eight compute the same function.
 
     Attributes:
       features: output channels.
@@ -31,10 +37,7 @@ class ConvNormReLU(nn.Module):
         x = nn.Conv(self.features, (3, 3), use_bias=False, kernel_init=he_normal, dtype=self.dtype)(
             x
         )
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, axis_name="data", dtype=self.dtype
-        )(x)
-        return nn.relu(x)
+        return nn.relu(batch_norm(train, self.dtype)(x))
 
 
 def _matmul(x: Array, kernel: Array, *_, precision: Any = None, **__) -> Array:

@@ -25,7 +25,7 @@ SCALES = 3  # stages 1 to 3, at strides 4, 8, 16, have prototypes
 class PRN(nn.Module):
     """Prototypical residual network: uint8 images -> one anomaly logit per pixel.
 
-    Variable collections: `params` (trained), `batch_stats` (the decoder's), `backbone` (frozen
+    Variable collections: `params` (trained), `batch_stats` (of batch norms), `backbone` (frozen
     stages), `prototypes` (`scale_i/maps`, [k, h, w, c], `memory_i/patches`, [m, c], untrained
     `patch_map/reference`, and those of `whole.py`: `interest/mask`, `whole/centres`,
     `whole/spread` and, with `score_distance`, `whole/exponent`). What comes after the backbone
@@ -44,6 +44,7 @@ class PRN(nn.Module):
       attention_layers: N of Fig. 3.
       attention_scales: scales that have them, counted from 1.
       divisions: see `MultiSizeAttention`.
+      attention_norm: see `MultiSizeAttention`.
       use_prototypes: the residuals of whole maps are an input.
       use_fusion: scales are fused; otherwise each goes its own way to the decoder.
       num_patches: m of each scale of `memory_scales`; 0: no memory of patches.
@@ -79,6 +80,7 @@ class PRN(nn.Module):
     attention_layers: int = 3
     attention_scales: tuple[int, ...] = (1, 2, 3)
     divisions: tuple[int, ...] = (1, 2, 4, 8)
+    attention_norm: bool = False
     use_prototypes: bool = True
     use_fusion: bool = True
     num_patches: int = 0
@@ -116,9 +118,10 @@ class PRN(nn.Module):
         self.fuse_features = MultiScaleFusion(self.dtype, self.unfused)
         self.fuse_residuals = MultiScaleFusion(self.dtype, self.unfused)
         self.attention = [
-            [MultiSizeAttention(self.divisions, self.dtype) for _ in range(self.attention_layers)]
-            if scale + 1 in self.attention_scales
-            else []
+            [
+                MultiSizeAttention(self.divisions, self.attention_norm, self.dtype)
+                for _ in range(self.attention_layers * (scale + 1 in self.attention_scales))
+            ]
             for scale in range(SCALES)
         ]
         self.fuse_attended = MultiScaleFusion(self.dtype, self.unfused)
@@ -202,7 +205,7 @@ class PRN(nn.Module):
         maps = list(maps)
         for scale, layers in enumerate(self.attention):
             for layer in layers:
-                maps[scale] = layer(maps[scale])
+                maps[scale] = layer(maps[scale], train)
         maps = self._fuse(self.fuse_attended, maps)
         logits = self.decoder(stages[-1], maps, stem if self.use_stem else None, train)
         return resized(logits[..., None], -doublings, self.unfused)[..., 0]
@@ -346,6 +349,7 @@ def create_model(
         attention_layers=config.attention.layers,
         attention_scales=tuple(config.attention.get("scales", (1, 2, 3))),
         divisions=tuple(config.attention.divisions),
+        attention_norm=config.attention.get("norm", False),
         use_prototypes=config.prototypes.get("enabled", True),
         use_stem=decoder.get("stem", False),
         decoder_channels=tuple(

@@ -56,20 +56,21 @@ def test_a_map_that_does_not_divide_is_padded():
 def test_every_parameter_gets_a_gradient(divisions):
     layer = attention.MultiSizeAttention(divisions)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 10))
-    variables = jax.jit(layer.init)(jax.random.key(1), x)
-    gradient = jax.jit(jax.grad(lambda v: jnp.sum(jnp.square(layer.apply(v, x)))))(variables)
+    variables = layer.init(jax.random.key(1), x, train=False)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(jnp.square(layer.apply(v, x, False)))))(variables)
     for leaf in jax.tree.leaves(gradient):
         # Each output channel of each conv: no projection is dead (a key's bias shifts all logits
         # of a query alike, so it is left out).
         if leaf.ndim == 4:
             assert np.all(np.abs(leaf).sum(axis=(0, 1, 2)) > 0)
-    assert layer.apply(variables, x).shape == x.shape
+    assert layer.apply(variables, x, train=False).shape == x.shape
 
 
-def test_a_layer_is_attention_by_size_a_conv_and_a_skip():
-    layer = attention.MultiSizeAttention((1, 2, 4))
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_layer_is_attention_by_size_a_conv_and_a_skip(norm):
+    layer = attention.MultiSizeAttention((1, 2, 4), norm)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 7))
-    variables = jax.jit(layer.init)(jax.random.key(1), jnp.float32(x))
+    variables = layer.init(jax.random.key(1), jnp.float32(x), train=False)
     qkv, merge = (variables["params"][name] for name in ("qkv", "merge"))
     # 7 channels are shared out as 3, 2 and 2; the size of one patch has values alone.
     projected = x @ np.float64(qkv["kernel"][0, 0]) + np.float64(qkv["bias"])
@@ -80,8 +81,16 @@ def test_a_layer_is_attention_by_size_a_conv_and_a_skip():
     ]
     padded = np.pad(np.concatenate(heads, axis=-1), ((0, 0), (1, 1), (1, 1), (0, 0)))
     kernel = np.float64(merge["kernel"])
-    merged = np.float64(merge["bias"]) + sum(
-        padded[:, i : i + 8, j : j + 8] @ kernel[i, j] for i in range(3) for j in range(3)
-    )
+    merged = sum(padded[:, i : i + 8, j : j + 8] @ kernel[i, j] for i in range(3) for j in range(3))
+    if norm:  # by the batch
+        merged -= merged.mean(axis=(0, 1, 2))
+        merged /= np.sqrt(merged.var(axis=(0, 1, 2)) + 1e-5)
+    else:
+        merged += np.float64(merge["bias"])
     expected = x + np.where(merged > 0, merged, 0.2 * merged)
-    np.testing.assert_allclose(layer.apply(variables, jnp.float32(x)), expected, atol=1e-5)
+
+    def train(images):
+        return layer.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+    found = jax.vmap(train, axis_name="data")(jnp.float32(x)[None])[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
