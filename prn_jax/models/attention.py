@@ -68,6 +68,8 @@ def attend(
     tokens = [_to_patches(x, patch) for x in (query, key, value)]
     scale = 1.0 / math.sqrt(tokens[0].shape[-1])
     logits = jnp.einsum("bqd,bkd->bqk", tokens[0], tokens[1], preferred_element_type=jnp.float32)
+    # Before they are scaled: compiled as one, the softmax of 1e9 and more would have no gradient.
+    logits -= jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jax.nn.softmax(logits * scale, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bqk,bkd->bqd", weights, tokens[2])
     return _from_patches(mixed, patch, value.shape)

@@ -35,6 +35,21 @@ def test_attend_equals_plain_attention(divisions):
     )
 
 
+def test_attention_to_large_maps_has_a_gradient():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 2, 16, 16, 128)).astype(np.float32)
+    q, k = -1e4 * np.abs(q), 1e4 * np.abs(k)  # logits of -6e9
+
+    def total(q, k, v):
+        return jnp.sum(jnp.square(attention.attend(q, k, v, 2)))
+
+    # Each patch attends to one alone: nothing but the values matters, and these squared (Euler).
+    *others, of_values = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+    assert not np.any(others)
+    expected = 2.0 * jax.jit(total)(q, k, v)
+    np.testing.assert_allclose(np.sum(of_values * v), expected, rtol=1e-4)
+
+
 def test_a_map_that_does_not_divide_is_padded():
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 1, 7, 5, 2)).astype(np.float32)
