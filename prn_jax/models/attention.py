@@ -21,7 +21,7 @@ class MultiSizeAttention(nn.Module):
     Attributes:
       divisions: the map is cut into d x d patches for each d. Each owns an equal share of the
         channels (the first ones take what does not divide).
-      norm: the conv that merges has a batch norm, see `ConvNormReLU`.
+      norm: the conv that merges has one, see `layers.batch_norm`.
       dtype: compute type; the softmax is float32.
     """
 
