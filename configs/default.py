@@ -161,9 +161,8 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     # Share of the steps that warm up linearly (MemSeg: 0.1).
     config.optimizer.warmup = 0.1
-    # A gradient whose norm over all parameters is greater is scaled down to it; 0: never. Ours: a
-    # batch whose gradient is 25 times the usual one makes steps that take 100 to mend
-    # (docs/experiments.md, 44).
+    # A gradient whose norm over all parameters is greater is scaled down to it; 0: never. Ours: one
+    # batch with a gradient 20 times the usual spoils hundreds of steps (docs/experiments.md, 44).
     config.optimizer.clip = 0.05
     # Decay per step of a moving average of the weights, which is evaluated and kept in place of
     # the last step's; 0: none. Beyond the paper.
