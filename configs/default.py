@@ -162,7 +162,8 @@ def get_config() -> ConfigDict:
     # Share of the steps that warm up linearly (MemSeg: 0.1).
     config.optimizer.warmup = 0.1
     # A gradient whose norm over all parameters is greater is scaled down to it; 0: never. Ours: one
-    # batch with a gradient 20 times the usual spoils hundreds of steps (docs/experiments.md, 44).
+    # batch with a gradient 20 times the usual spoils hundreds of steps (docs/experiments.md, 44);
+    # TensorBoard's gradient_norm, which is of before, says what is usual.
     config.optimizer.clip = 0.05
     # Decay per step of a moving average of the weights, which is evaluated and kept in place of
     # the last step's; 0: none. Beyond the paper.

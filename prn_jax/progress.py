@@ -85,9 +85,10 @@ class Progress:
         for step, values in fetched:
             for name, value in values.items():
                 if not np.isfinite(value):
+                    clip = "" if self._config.optimizer.clip else "set optimizer.clip=0.05, "
                     raise UserError(
                         f"{name} is {value} at step {step}; nothing was saved since it was finite. "
-                        "Lower optimizer.learning_rate, or set dtype=float32"
+                        f"Lower optimizer.learning_rate, {clip}or set dtype=float32"
                     )
         if consume:
             self._pending = self._pending[count:]

@@ -196,7 +196,8 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Finite losses may come from parameters that this step has just ruined.
+        # Before `optimizer.clip`. And finite losses may come from parameters just ruined.
+        values["gradient_norm"] = optax.global_norm(gradient)
         values["parameter_norm"] = optax.global_norm(params)
         average = state.average and optax.incremental_update(
             {"params": params, "batch_stats": batch_stats},
@@ -339,8 +340,7 @@ def train(
         checkpoints.save(step, state.network | frozen, state.to_resume, identity)
 
     progress = Progress(config, start, steps, create_schedule(config, steps), write_scalars)
-    last_save = time.monotonic()
-    began = time.monotonic()
+    last_save = began = time.monotonic()
     batches = _prefetch(mesh, make_batches(start, steps)) if start < steps else iter(())
     with Termination() as termination, progress:
         for step, batch in enumerate(batches, start=start + 1):

@@ -4,6 +4,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -80,7 +81,7 @@ def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, merge):
     """Against NumPy in float64, of the logits that the network had before the step."""
     config = small_config(**{"loss.focal_weight": 3.0, "loss.focal_alpha": 0.3,
                              "loss.focal_gamma": 2.0, "backbone.merge": merge,
-                             "backbone.doublings": looks})  # fmt: skip
+                             "backbone.doublings": looks, "optimizer.clip": 0.0})  # fmt: skip
     mesh = meshes.create_mesh(jax.devices()[:1])
     model = train.create_model(config, 2)
     variables = meshes.replicate(mesh, train.initialise(config, model))
@@ -97,7 +98,11 @@ def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, merge):
     state = train.create_state(config, variables, optimizer, mesh)
     frozen = {name: variables[name] for name in ("backbone", "prototypes") if name in variables}
     step = train.make_train_step(config, model, optimizer, mesh)
-    _, values = step(state, frozen, meshes.shard(mesh, batch))
+    after, values = step(state, frozen, meshes.shard(mesh, batch))
+    # AdamW's first moment is a tenth of the first gradient.
+    moments = jax.tree.leaves(optax.tree.get(after.opt_state, "mu"))
+    norm = np.sqrt(sum(np.sum(np.square(10 * np.float64(x))) for x in moments))
+    assert values["gradient_norm"] == pytest.approx(norm, rel=1e-4)
     logits = np.float64(logits)  # [b, looks, h, w]
     logits = logits if merge == "max" else logits.mean(axis=1, keepdims=True)
     p, truth = 1 / (1 + np.exp(-logits)), batch["mask"][:, None] == 1
