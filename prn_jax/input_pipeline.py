@@ -359,7 +359,8 @@ def turns(config: ConfigDict, data: CategoryData) -> tuple[Turn, ...]:
         return ()
     data = in_tiles(config, data)
     found = tuple(free_turns(data.train.image, data.roi))
-    if config.average_turns:
+    posed = len(found) < 2
+    if config.average_turns and not posed:
         logging.info(
             "%s: maps are the mean over %d of 8 turns, at so many times the work of prediction "
             "(average_turns=False: over one)", config.category, len(found),
@@ -367,7 +368,7 @@ def turns(config: ConfigDict, data: CategoryData) -> tuple[Turn, ...]:
     if not config.backbone.doublings:
         logging.info(
             "%s: %s pose, so it is looked at with backbone.doublings=%s", config.category,
-            "has no" if len(found) > 1 else "has a", looks(config, posed=len(found) < 2)[0],
+            "has a" if posed else "has no", looks(config, posed=posed)[0],
         )  # fmt: skip
     return found
 

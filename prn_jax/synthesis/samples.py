@@ -81,8 +81,10 @@ class SampleMaker:
         self._roi = tf.constant(np.ones(size) if roi is None else roi, tf.uint8)
         self._roughness = tf.constant(roughness(normal, foreground))
         self._turns = free_turns(normal, roi) if config.synthesis.turns else []
-        if self._turns:
+        if len(self._turns) > 1:
             logging.info("samples lie in %d of 8 ways, as the normal images do", len(self._turns))
+        elif self._turns:
+            logging.info("samples lie in one way, as the normal images do: they have a pose")
 
     def __call__(
         self, kind: tf.Tensor, index: tf.Tensor, slot: tf.Tensor
