@@ -14,6 +14,7 @@ from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints
 from prn_jax.errors import Interrupted, UserError
 from prn_jax.identity import Identity, as_dict
+from prn_jax.progress import Progress
 from tests import tiny
 
 
@@ -301,6 +302,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step() is None
     checkpoints.close()
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_a_gradient_that_is_not_finite_is_told_what_would_mend_it(clip):
+    config = small_config(**{"optimizer.clip": clip})
+    schedule = train.create_schedule(config, 4)
+    with Progress(config, 0, 4, schedule, lambda step, scalars: None) as progress:
+        progress.update(1, {"gradient_norm": jnp.array(np.inf)})
+        with pytest.raises(UserError, match="gradient_norm is inf at step 1") as error:
+            progress.check(1)
+    assert ("set optimizer.clip" in str(error.value)) == (not clip)
 
 
 @pytest.mark.slow

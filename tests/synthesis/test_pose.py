@@ -1,9 +1,13 @@
+import logging
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from scipy import ndimage
 
 from configs import default
+from prn_jax import input_pipeline
+from prn_jax.splits import Images
 from prn_jax.synthesis import pose
 from prn_jax.synthesis.samples import SEEN, SampleMaker
 
@@ -55,6 +59,28 @@ def test_a_region_of_interest_stays_where_it_is():
     assert pose.free_turns(images, roi) == [(0, False), (2, True)]
     roi[:, -9:] = 1
     assert pose.free_turns(images, roi) == [x for x in EVERY if x[0] in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "count", "told"),
+    [
+        ([], 8, ["mean over 8 of 8", "has no pose"]),
+        ([(TOP, LEFT)], 2, ["mean over 2 of 8", "has no pose"]),
+        ([(TOP, LEFT), (slice(25, 35), RIGHT)], 1, ["has a pose"]),
+    ],
+)
+def test_a_run_says_what_the_product_s_pose_means_for_it(boxes, count, told, caplog):
+    images = marked(smooth(40, 64, 64), *boxes)
+    nothing = np.zeros((40, 64, 64), np.uint8)
+    train = Images(images, nothing, ["good"] * 40, [str(x) for x in range(40)])
+    data = input_pipeline.CategoryData(train, train, train, train, nothing + 1, True)
+    config = default.get_config()
+    config.image_size = (64, 64)
+    config.backbone.doublings, config.average_turns = (), True
+    with caplog.at_level(logging.INFO):
+        assert len(input_pipeline.turns(config, data)) == count
+    assert len(caplog.messages) == len(told)
+    assert all(x in message for x, message in zip(told, caplog.messages))
 
 
 @pytest.mark.parametrize("which", range(8))
