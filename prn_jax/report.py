@@ -61,8 +61,8 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
     alike = all(settings(config) == settings(configs[0]) for config in configs)
     if not alike:
         notes += " No means: the runs differ in more than category and seed."
-    kinds = [f"{x['backbone']['name']}, {Tiling.of(ConfigDict(x))} pixels" for x in configs]
-    shared = f", {kinds[0]}" if len(set(kinds)) == 1 else ""
+    kinds = [f"{results.network(x)}, {Tiling.of(ConfigDict(x))} pixels" for x in configs]
+    shared = f": {kinds[0]}" if len(set(kinds)) == 1 else ""
     template = string.Template(
         (importlib.resources.files("prn_jax") / "report.html").read_text("utf-8")
     )
@@ -127,7 +127,8 @@ def _run_data(name: str, folder: epath.Path, run: Run) -> dict[str, Any]:
     if run["timing"]["train_steps"] == run["steps"]:  # not resumed
         took = f" in {run['timing']['train_seconds'] / 60:.0f} min"
     about = (
-        f"{run['steps']} steps of {run['config']['batch_size']} images, seed {run['seed']}, "
+        f"{results.network(run['config'])}; {run['steps']} steps of "
+        f"{run['config']['batch_size']} images, seed {run['seed']}, "
         f"split seed {run['split']['seed']}, {len(run['split']['seen'])} seen anomalies; "
         f"{len(images)} test images; trained on {device['count']} x {device['kind']}{took}"
     )
@@ -177,7 +178,7 @@ def _table(runs: Sequence[tuple[str, Run]], with_mean: bool) -> str:
     for (name, run), paper in zip(runs, papers):
         link = f'<a href="#{urllib.parse.quote(name, safe="")}">{html.escape(name)}</a>'
         rows.append(f"<tr><td>{link}</td>{_cells(run['metrics'], paper)}")
-    same = results.mean(papers) if all(papers) else None
+    same = results.paper_mean([run["category"] for _, run in runs], runs[0][1]["dataset"])
     if with_mean:
         mean = results.mean([run["metrics"] for _, run in runs])
         rows.append(f'<tr class="mean"><td>mean</td>{_cells(mean, same)}')

@@ -8,7 +8,7 @@ import pathlib
 import platform
 import subprocess
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -266,11 +266,11 @@ def _runs(workdir: epath.Path, dataset: str) -> dict[str, dict[str, Any]]:
 def _table(runs: dict[str, dict], dataset: str) -> tuple[list[str], list[list[str]]]:
     table = {name: run["metrics"] for name, run in runs.items()}
     table["mean"] = mean(list(table.values()))
-    paper = PAPER.get(dataset, {})
-    if runs and all(name in paper for name in runs):
-        count = f"{len(runs)} of {len(paper)}"
-        table[f"paper, the same {count}"] = mean([paper[name] for name in runs])
-        table[f"paper, stated mean of {len(paper)}"] = PAPER_MEAN[dataset]
+    if same := paper_mean(list(runs), dataset):
+        count = len(PAPER[dataset])
+        if len(runs) < count:
+            table[f"paper, the same {len(runs)} of {count}"] = same
+        table[f"paper, stated mean of {count}"] = PAPER_MEAN[dataset]
     rows = [[percent(metrics.get(column)) for column in COLUMNS] for metrics in table.values()]
     return list(table), rows
 
@@ -284,15 +284,32 @@ def mean(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
     return means
 
 
+def paper_mean(names: Sequence[str], dataset: str) -> dict[str, float] | None:
+    """The paper's mean over categories: of all the one that it states; None if it lacks one."""
+    paper = PAPER.get(dataset, {})
+    if not names or any(name not in paper for name in names):
+        return None
+    whole = set(names) == set(paper)
+    return PAPER_MEAN[dataset] if whole else mean([paper[name] for name in names])
+
+
 def percent(value: float | None) -> str:
     """A share as percent with one decimal, "-" for None."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def network(config: Mapping[str, Any]) -> str:
+    """The network of a run's configuration in a few words: figures of different ones look alike."""
+    backbone, layers = config["backbone"], config["attention"]["layers"]
+    looks = backbone.get("doublings", 0)  # earlier versions had none, or a number
+    several = "" if looks in (0, [0], (0,)) else f", doublings {looks or 'by size'}"
+    return f"{backbone['name']}{several}, {layers} attention layer{'s' * (layers != 1)}"
+
+
 def _notes(runs: dict[str, dict], dataset: str) -> list[str]:
     notes = [
-        f"- {name}: {run['steps']} steps of {run['config']['batch_size']} images at "
-        f"{Tiling.of(ConfigDict(run['config']))}, "
+        f"- {name}: {network(run['config'])}; {run['steps']} steps of "
+        f"{run['config']['batch_size']} images at {Tiling.of(ConfigDict(run['config']))}, "
         f"{len(run['split']['seen'])} seen anomalies, seed {run['seed']}, "
         f"split seed {run['split']['seed']}"
         for name, run in runs.items()

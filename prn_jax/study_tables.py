@@ -7,12 +7,19 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from prn_jax import disk, results
 from prn_jax.study import StudyRun, has_finished
+from prn_jax.tiles import Tiling
 
-# The paper states these two; its PRO and AP per category are second-hand.
-_CONFIRMED = ("image_auroc", "pixel_auroc")
+# As a public README quotes them from the paper; its PRO and AP per category are recalled from other
+# papers' tables.
+_QUOTED = ("image_auroc", "pixel_auroc")
+_LEGEND = (
+    "The paper's figures in the last row are the mean over the categories above, and of all 15 the "
+    "means that it states. † second-hand and unconfirmed; so is carpet's image AUROC."
+)
 _LATEX = {letter: f"\\{letter}" for letter in "_%&#${}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -94,8 +101,9 @@ def write_study(runs: Sequence[StudyRun], workdir: epath.PathLike, dataset: str)
     folder = epath.Path(os.path.expanduser(workdir))
     names = dict.fromkeys(run.variation for run in runs)
     variations = {name: read([run for run in runs if run.variation == name]) for name in names}
+    of = {run.variation: _network_and_length(run.config) for run in runs}
     if list(variations) == [""]:
-        write_tables(summarise(variations[""]), folder, dataset)
+        write_tables(summarise(variations[""]), folder, dataset, of[""])
         return
     rows, seeds = compare(variations)
     categories = ", ".join(dict.fromkeys(run.category for run in runs))
@@ -112,17 +120,17 @@ def write_study(runs: Sequence[StudyRun], workdir: epath.PathLike, dataset: str)
     tables = []
     for name, found in variations.items():
         own = summarise(found)
-        texts += [f"## {name}", "", _body(own, dataset)]
+        texts += [f"## {name}", "", _body(own, dataset, of[name])]
         tables += [[name, *line] for line in _lines(own, dataset)]
     disk.write_file(folder / "study.md", "\n".join(texts))
     disk.write_file(folder / "study.csv", _csv([["variation", *_heads(dataset)], *tables]))
     disk.write_file(folder / "study.tex", _latex(rows, "", "variation"))
 
 
-def write_tables(rows: Sequence[Row], workdir: epath.PathLike, dataset: str) -> None:
-    """Writes `study.md`, `study.csv` and `study.tex` (booktabs)."""
+def write_tables(rows: Sequence[Row], workdir: epath.PathLike, dataset: str, of: str) -> None:
+    """Writes `study.md`, `study.csv` and `study.tex` (booktabs); `of` says of which network."""
     folder = epath.Path(os.path.expanduser(workdir))
-    disk.write_file(folder / "study.md", f"# PRN on {dataset}\n\n{_body(rows, dataset)}")
+    disk.write_file(folder / "study.md", f"# PRN on {dataset}\n\n{_body(rows, dataset, of)}")
     disk.write_file(folder / "study.csv", _csv([_heads(dataset), *_lines(rows, dataset)]))
     disk.write_file(folder / "study.tex", _latex(rows, dataset))
 
@@ -133,7 +141,7 @@ def _columns(dataset: str) -> list[tuple[str, str, bool]]:
     for key, title in results.COLUMNS.items():
         columns.append((key, title, False))
         if dataset in results.PAPER and key in results.PAPER_MEAN[dataset]:
-            columns.append((key, "paper" if key in _CONFIRMED else "paper†", True))
+            columns.append((key, "paper" if key in _QUOTED else "paper†", True))
     return columns
 
 
@@ -144,11 +152,9 @@ def _titles(dataset: str) -> list[str]:
 
 def _paper(row: Row, rows: Sequence[Row], dataset: str, key: str) -> float | None:
     """The paper's figure; in the last row the mean over the study's categories."""
-    figures = results.PAPER[dataset]
     names = [name for name, *_ in rows[:-1]] if row is rows[-1] else [row[0]]
-    if any(name not in figures for name in names):
-        return None
-    return float(np.mean([figures[name][key] for name in names]))
+    figures = results.paper_mean(names, dataset)
+    return figures and figures[key]
 
 
 def _cells(rows: Sequence[Row], dataset: str, between: str) -> list[list[str]]:
@@ -168,21 +174,24 @@ def _cells(rows: Sequence[Row], dataset: str, between: str) -> list[list[str]]:
     return table
 
 
-def _body(rows: Sequence[Row], dataset: str) -> str:
+def _network_and_length(config: ConfigDict) -> str:
+    steps, epochs = config.total_steps, config.epochs
+    length = f"{epochs} epochs" if steps < 0 else f"{steps} steps" if steps else "not trained"
+    size = f"batches of {config.batch_size}, {Tiling.of(config)}"
+    return f"{results.network(config)}; {length}, {size}"
+
+
+def _body(rows: Sequence[Row], dataset: str, of: str) -> str:
     """The table in Markdown, with what it shows."""
     lines = [
-        "Percent, mean ± standard deviation over seeds of training and split, last checkpoint, "
-        "seen anomalies removed from the test split.",
+        f"{of}. Percent, mean ± standard deviation over seeds of training and split, last "
+        "checkpoint, seen anomalies removed from the test split.",
         "",
         *results.markdown(["category", *_titles(dataset)], _cells(rows, dataset, " ± ")),
         "",
     ]
     if dataset in results.PAPER:
-        lines += [
-            "The paper's figures in the last row are the mean over the categories above. "
-            "† second-hand and unconfirmed; so is carpet's image AUROC.",
-            "",
-        ]
+        lines += [_LEGEND, ""]
     return "\n".join(lines)
 
 
@@ -233,6 +242,7 @@ def _latex(rows: Sequence[Row], dataset: str, first: str = "category") -> str:
         *body,
         r"\bottomrule",
         r"\end{tabular}",
+        *([f"% {_LEGEND}"] if dataset in results.PAPER else []),
         "",
     ]
     return "\n".join(lines)

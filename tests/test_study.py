@@ -73,7 +73,7 @@ def test_the_tables_have_means_deviations_and_the_paper_s_figures(tmp_path):
     np.testing.assert_allclose(nut, (0.965, np.std([0.95, 0.98], ddof=1)))
     np.testing.assert_allclose(mean, (0.9425, np.std([0.93, 0.955], ddof=1)))
     assert rows[0][2]["pixel_ap"] is None
-    study_tables.write_tables(rows, tmp_path, "mvtec_ad")
+    study_tables.write_tables(rows, tmp_path, "mvtec_ad", "of a network")
     with (tmp_path / "study.csv").open() as file:
         table = list(csv.DictReader(file))
     assert float(table[2]["image_auroc_mean"]) == pytest.approx(0.9425)
@@ -83,11 +83,21 @@ def test_the_tables_have_means_deviations_and_the_paper_s_figures(tmp_path):
     text = (tmp_path / "study.md").read_text()
     assert "| bottle | 2 | 92.0 ± 1.4 | 100.0 |" in text
     assert "| paper† |" in text
+    assert "of a network. Percent" in text
     latex = (tmp_path / "study.tex").read_text()
     assert r"metal\_nut & 2 & 96.5 $\pm$ 2.1 & 100.0" in latex
     counts = {line.count("&") for line in latex.splitlines() if "&" in line}
     assert len(counts) == 1
-    assert latex.splitlines()[-4] == r"\midrule"  # above the mean
+    assert latex.splitlines()[-5] == r"\midrule"  # above the mean
+
+
+def test_of_all_categories_the_mean_beside_is_the_one_that_the_paper_states(tmp_path):
+    figure = dict.fromkeys(results.COLUMNS, (0.9, None))
+    rows = [(name, 1, figure) for name in (*results.PAPER["mvtec_ad"], "mean")]
+    study_tables.write_tables(rows, tmp_path, "mvtec_ad", "of a network")
+    # The quoted figures' mean is 99.2.
+    assert "| mean | 1 | 90.0 | 99.4 | 90.0 | 99.0 |" in (tmp_path / "study.md").read_text()
+    assert (tmp_path / "study.tex").read_text().splitlines()[-1].startswith("% The paper's")
 
 
 def test_an_unfinished_study_has_the_table_of_what_is_there(tmp_path):
@@ -96,7 +106,7 @@ def test_an_unfinished_study_has_the_table_of_what_is_there(tmp_path):
     rows = study_tables.summarise(study_tables.read(runs))
     assert rows[0][1:] == (1, {c: (0.9, None) for c in results.COLUMNS} | {"pixel_ap": None})
     assert rows[1][1] == rows[2][1] == 0
-    study_tables.write_tables(rows, tmp_path, "mvtec_ad")
+    study_tables.write_tables(rows, tmp_path, "mvtec_ad", "of a network")
     assert "| metal_nut | 0 | - | 100.0 |" in (tmp_path / "study.md").read_text()
 
 
@@ -239,6 +249,8 @@ def test_a_varied_study_has_a_row_per_variation(tmp_path):
     text = (tmp_path / "study.md").read_text()
     assert "| without attention | 2 | 80.0 ± 0.0 |" in text
     assert "| PRN | 2 | 90.0 ± 0.0 |" in text
+    assert text.count("resnet18, 3 attention layers; 700 epochs, batches of 64, 256x256.") == 6
+    assert text.count("resnet18, 0 attention layers;") == 1
     with (tmp_path / "study.csv").open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == 7 * 3
