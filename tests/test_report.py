@@ -61,7 +61,12 @@ def make_run(workdir, category, normal=12, anomalous=9):
             }
             for i, (d, s) in enumerate(zip(defects, scores))
         ],
-        "config": {"batch_size": 8, "image_size": list(SIZE), "backbone": {"name": "resnet18"}},
+        "config": {
+            "batch_size": 8,
+            "image_size": list(SIZE),
+            "backbone": {"name": "resnet18", "doublings": [0]},
+            "attention": {"layers": 3},
+        },
         "seed": 0,
         "provenance": {"device": {"count": 1, "kind": "cpu"}, "versions": {"jax": "1"}},
         "timing": {"train_seconds": 120.0, "train_steps": 100},
@@ -111,7 +116,7 @@ def test_runs_of_different_configurations_have_no_mean(tmp_path):
     runs = {name: make_run(tmp_path, name) for name in ("bottle", "pill")}
     report.write_report(tmp_path, tmp_path / "report.html")
     assert ">mean</td>" in (page := (tmp_path / "report.html").read_text())
-    assert "2 runs, resnet18, 40x56 pixels." in page
+    assert "2 runs: resnet18, 3 attention layers, 40x56 pixels." in page
     runs["pill"]["config"] |= {"fusion": {"enabled": False}, "image_size": [56, 56], "seed": 1}
     results.write_run(tmp_path / "pill", runs["pill"])
     report.write_report(tmp_path, tmp_path / "report.html")
