@@ -3,10 +3,10 @@
 The other files of this folder call `get_config` and override what differs. On the command line a
 field is overridden as `--config.batch_size=16` or `--config.backbone.name=resnet34`.
 
-Sources named below: "paper" is PRN (CVPR 2023, arXiv 2212.02031) as far as its abstract and Fig. 3
-say; "PRNet" is the public, unofficial PyTorch code (xcyao00/PRNet); "DiffusionAD" is the later,
-official code of PRN's first author; "ours" is our choice, made by measurement (docs/experiments.md)
-or for the reason given.
+Sources named below: "paper" is PRN (CVPR 2023, arXiv 2212.02031) as far as its abstract, Fig. 3 and
+those who cite it say; "PRNet" is the public, unofficial PyTorch code (xcyao00/PRNet);
+"DiffusionAD" is the later, official code of PRN's first author; "ours" is our choice, made by
+measurement (docs/experiments.md) or for the reason given.
 """
 
 from ml_collections import ConfigDict
@@ -51,13 +51,14 @@ def get_config() -> ConfigDict:
 
     # --- the network (paper, Fig. 3) -----------------------------------------------------------
     config.backbone = ConfigDict()
-    # resnet18 (paper), resnet34, resnet50, wide_resnet50_2, efficientnet_lite0.
+    # resnet18 (PRNet; Fig. 3 has as many maps), resnet34, resnet50, wide_resnet50_2,
+    # efficientnet_lite0.
     config.backbone.name = "resnet18"
     # A hub id, a .safetensors, .npz or .pth file, "random", or "" for the backbone's own default
     # (resnet18: timm/resnet18.tv_in1k, torchvision's IMAGENET1K_V1).
     config.backbone.weights = ""
     # Stages 1 to 3 are frozen: the prototypes are made with them. Stage 4 feeds only the decoder;
-    # whether the paper trains it is not known. MemSeg, its ancestor, does.
+    # whether the paper trains it is not known. MemSeg, its ancestor, does; PRNet does not.
     config.backbone.train_stage4 = True
     # How many times the image is doubled (bilinearly) before the backbone, -2 to 2: maps of twice
     # the detail at four times the work, each time; below 0 it is halved. Of several, (0, 1), each
@@ -118,7 +119,8 @@ def get_config() -> ConfigDict:
     # Scales that have them, counted from 1 (stride 4). Fig. 3: all; without 1 it is faster.
     config.attention.scales = (1, 2, 3)
     # The map is cut into d x d patches for each d; each d owns an equal share of the channels.
-    # Fig. 3 draws several sizes; PRNet's are H, H/2, H/4, H/8.
+    # Fig. 3 draws three sizes; PRNet's are H, H/2, H/4, H/8, each for all channels. A single patch
+    # (d = 1) has nothing to attend to: its channels are only projected.
     config.attention.divisions = (1, 2, 4, 8)
     # Whether the conv that merges the sizes has a batch norm, as PRNet's have; Fig. 3 shows a conv
     # alone. Without, at 256x256, maps grow from layer to layer until the softmax fails
@@ -145,25 +147,28 @@ def get_config() -> ConfigDict:
     config.loss.dice_weight = 0.0
 
     # --- training ------------------------------------------------------------------------------
-    # Images per step over all devices and hosts. PRNet: 48; ours divides among more devices.
+    # Images per step over all devices and hosts. PRNet: 48; ours divides among more devices. What
+    # was measured here (docs/experiments.md) had 16.
     config.batch_size = 64
     # Passes over the normal images: steps = epochs * N // round(batch_size * normal share).
     # PRNet: 700.
     config.epochs = 700
     # Steps, whatever `epochs` says; -1: as many as `epochs` says; 0: nothing is trained, and the
-    # map is the distance to the nearest of `memory.patches`: an answer within a minute or so.
+    # map is the distance to the nearest of `memory.patches`: an answer within minutes.
     config.total_steps = -1
     config.optimizer = ConfigDict()
-    # AdamW's peak learning rate, reached after the warm-up, then a cosine to 0. PRNet: 1e-4 with
-    # Adam. Ours; twice as much is for smaller networks (docs/experiments_fast.md).
+    # AdamW's peak learning rate, reached after the warm-up, then a cosine to 0. Ours; PRNet: Adam,
+    # 1e-4 throughout. Twice as much is for smaller networks (docs/experiments_fast.md).
     config.optimizer.learning_rate = 1e-3
-    # Decoupled weight decay, on kernels only. Ours.
+    # Decoupled weight decay, on kernels only. Ours; PRNet's 1e-2 is added to the gradient, of all
+    # parameters.
     config.optimizer.weight_decay = 1e-2
     # Share of the steps that warm up linearly (MemSeg: 0.1).
     config.optimizer.warmup = 0.1
     # A gradient whose norm over all parameters is greater is scaled down to it; 0: never. Ours: one
-    # batch with a gradient 20 times the usual spoils hundreds of steps (docs/experiments.md, 44);
-    # TensorBoard's gradient_norm, which is of before, says what is usual.
+    # batch with a gradient 20 times the usual spoils hundreds of steps (docs/experiments.md, 44: of
+    # batches of 16, on one category). TensorBoard's gradient_norm, which is of before, says what is
+    # usual.
     config.optimizer.clip = 0.05
     # Decay per step of a moving average of the weights, which is evaluated and kept in place of
     # the last step's; 0: none. Beyond the paper.
@@ -172,7 +177,9 @@ def get_config() -> ConfigDict:
     # Parameters, statistics, losses and the prototypes' distances are float32 always.
     config.dtype = "auto"
 
-    # --- the sampling plan: shares of a batch (PRNet: half normal, a quarter each) ---------------
+    # --- the sampling plan: shares of a batch ----------------------------------------------------
+    # PRNet: half normal, a quarter simulated, a quarter seen and extended. How many of those are
+    # seen is ours; CPR has eight extended for each.
     config.sampling = ConfigDict()
     config.sampling.normal = 0.5
     config.sampling.seen = 0.125
@@ -186,6 +193,7 @@ def get_config() -> ConfigDict:
     # of images, searched recursively.
     config.synthesis.textures = ""
     # Textures held in memory, at most (200 kB each at 256x256), evenly spread over what is there.
+    # Ours: DTD has 5640, of which PRNet and DiffusionAD read one for each anomaly.
     config.synthesis.max_textures = 600
     # A pixel shows when a channel changed by so many grey levels of 255; a pasted region shows, and
     # is marked whole as people mark, when at least this share of it does. Ours.
@@ -201,7 +209,9 @@ def get_config() -> ConfigDict:
     config.synthesis.simulated_contrast = 3.0
     # Simulated anomalies (DiffusionAD's values, and DRAEM's before it): the finest Perlin grid is
     # 2**5 cells, noise above the threshold is anomalous, three of ten operations on the content.
-    # Ours: on a texture anywhere in the image; DiffusionAD keeps to a random part of it.
+    # Ours: on a texture anywhere in the image (DiffusionAD keeps to a random part of it); what is a
+    # texture the normal images tell (DiffusionAD has a list, with zipper in it); where they are all
+    # grey, so is what is pasted, as on extended anomalies.
     config.synthesis.perlin_max_exponent = 5
     config.synthesis.perlin_threshold = 0.5
     config.synthesis.operations = 3
@@ -212,8 +222,9 @@ def get_config() -> ConfigDict:
     config.synthesis.simulated_opacity = (0.2, 0.8)
     # Extended anomalies. CPR's rendering of PRN: one to five pieces, spatial transformation with
     # probability 0.9, colour with 0.5, scale 0.5 to 1.5, opacity 0.5 to 1. Ours: at most three
-    # pieces, and half of them opaque, as PRNet's all are; they lie on the product, around one of
-    # 256 places of each normal image; half of the turned ones are mirrored; the colour changes in
+    # pieces, and half of them opaque, as PRNet's all are; they lie on the product, as most of
+    # PRNet's do (anywhere, In&Out says of PRN), around one of 256 places of each normal image,
+    # those too that are not turned; half of the turned ones are mirrored; the colour changes in
     # brightness, hue and saturation (CPR: three of nine operations).
     config.synthesis.max_pastes = 3
     config.synthesis.extended_spatial = 0.9

@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     # 99 images held out promise at most 1 % false alarms; of fewer, the promise is weaker.
     config.data.holdout = 0.1
     # As measured (docs/experiments_plus.md, 33); a step at 256x256 takes 2.6 GB on a CPU. More
-    # steps did not help (21), and 700 epochs of a thousand images would be 90,000.
+    # steps did not help there (docs/experiments.md, 21), and 700 epochs of a thousand images would
+    # be 90,000.
     config.batch_size = 16
     config.total_steps = 1000
     return config

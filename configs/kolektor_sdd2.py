@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.name = "kolektor_sdd2"
     config.data.manual_dir = "~/data/KolektorSDD2"
-    # Its images are about 630 high and 230 wide.
+    # Its images are about 630 high and 230 wide. Ours; the paper's size is probably 256x256.
     config.image_size = (640, 224)
     # 2.2 times the pixels of 256x256.
     config.batch_size = 32

@@ -1,4 +1,7 @@
-"""MVTec AD, every category that is found, as the paper trains it: 256x256, 10 seen anomalies."""
+"""MVTec AD, every category that is found: the paper's network, its size, 10 seen anomalies.
+
+What of it is the paper's and what is ours: docs/reproducing.md.
+"""
 
 from ml_collections import ConfigDict
 

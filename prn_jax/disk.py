@@ -31,7 +31,8 @@ def zeros(shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
     try:
         with tempfile.TemporaryFile() as file:
             # A disk that is full at the first write to an array would end the process.
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
             return np.memmap(file, dtype, "r+", shape=tuple(shape))
     except OSError as error:
         raise UserError(

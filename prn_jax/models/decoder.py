@@ -3,7 +3,9 @@
 UNet-like: stage 4 is brought up level by level, joined with the fused map of each scale, and at
 last brought to the size of the image. Fig. 3 shows the levels; the convs follow PRNet, but that its
 3x3 conv with norm and ReLU after each doubling is a 1x1 conv before it here, a thirty-sixth of the
-work, and that the last two doublings narrow the channels, so that full resolution costs little.
+work, and that its last step, which brings up by four at once (as Fig. 3), is two doublings that
+narrow the channels, so that full resolution costs little. Bilinear upsampling is by half pixels;
+PRNet's aligns the corners.
 """
 
 import flax.linen as nn

@@ -1,7 +1,9 @@
 """Multi-scale fusion (MSF, Fig. 3): each scale receives the sum of all scales, HRNet style.
 
 The paper fuses features and residuals "separately", by blocks of their own, and fuses once more
-after the attention. As in PRNet there is no normalisation and no ReLU inside, only a sum.
+after the attention. As in PRNet there is no normalisation and no ReLU inside, only a sum; but its
+convs that bring a map down are grouped, one of 5x5 with stride 4 for two halvings, where a chain of
+whole ones is HRNet's. Upsampling is by half pixels; PRNet's aligns the corners.
 """
 
 import flax.linen as nn

@@ -27,8 +27,8 @@ class Simulate:
       size: (height, width), pixels.
       textures: uint8 [n, height, width, 3].
       config: `config.synthesis`.
-      self_source: whether the image itself may be the content, as for objects; on a texture
-        DiffusionAD takes foreign textures only.
+      self_source: whether the image itself may be the content, as for objects; on what DiffusionAD
+        lists as textures (and zipper) it takes foreign ones only.
       grey: whether everything that is pasted is grey, as the product is.
     """
 

@@ -63,7 +63,7 @@ def load_textures(
     crops = sum(i < len(photographs) for i in kept)
     logging.info(
         "synthesis.textures is not set: simulated anomalies are made of %d crops of scikit-image's "
-        "photographs and %d procedural textures (the paper's are DTD's)",
+        "photographs and %d procedural textures (published results have DTD's)",
         crops,
         len(kept) - crops,
     )
