@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import tempfile
+import uuid
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,7 +62,8 @@ def write_file(path: epath.Path, content: str | bytes) -> None:
       UserError: it cannot be written.
     """
     content = content.encode() if isinstance(content, str) else content
-    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
+    # Of several hosts, processes may have the same number.
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
     try:
         with as_os_errors():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from prn_jax import mesh as meshes
 from prn_jax.checkpoints import check_name, holds_checkpoints, newest_identity
 from prn_jax.errors import UserError, as_os_errors, shown
 from prn_jax.fields import checked
-from prn_jax.identity import Identity, lock
+from prn_jax.identity import Identity, as_dict, lock
 from prn_jax.splits import check_num_seen
 from prn_jax.synthesis import textures
 
@@ -50,6 +50,11 @@ def train_and_evaluate(
     meshes.cache_compilations()
     mesh = meshes.create_mesh()
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
+    meshes.barrier("the configuration is read")
+    # Where the images are may differ; that they are the same is looked at when they are there.
+    same = as_dict(config)
+    del same["data"]["manual_dir"], same["data"]["data_dir"]
+    meshes.require_same("fields (--config, --allow_config_change)", [same, allow_config_change])
     names = meshes.from_main("finding the categories", lambda: categories(config))
     metrics = {}
     for name in names:

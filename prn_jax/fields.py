@@ -139,6 +139,10 @@ def checked(config: ConfigDict) -> ConfigDict:
             f"sampling.normal={config.sampling.normal}: epochs are passes over normal images; give "
             "total_steps"
         )
+    shares = config.sampling.to_dict()
+    if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        given = ", ".join(f"{name}={value}" for name, value in shares.items())
+        raise UserError(f"sampling ({given}): give shares of 0 or more that sum to 1")
     _check_some("memory.scales", config.memory.scales, (1, 2, 3))
     if config.total_steps and not (config.prototypes.enabled or spares_prototypes(config.memory)):
         raise UserError(

@@ -47,6 +47,7 @@ _NETWORK_FIELDS = (
     "fusion",
     "image_size",
     "memory",
+    "optimizer.average",
     "patch_map.backbone.name",
     "patch_map.patches",
     "patch_map.weight",
@@ -238,12 +239,7 @@ class Identity:
                 f"{text}: {step} steps are done, and none is undone. Set total_steps (or epochs) "
                 "back, or give another --workdir"
             )
-        if self.white_level and self.white_level != other.white_level:
-            raise UserError(
-                f"{text}: level {self.white_level} was white in images of more than 8 bits, now it "
-                f"is {other.white_level} (0: there are none), and all would be brighter or darker "
-                "to the network. Put the images back, or give another --workdir"
-            )
+        self.check_white(other.white_level, text, "Put the images back, or give another --workdir")
         if found and not allow:
             drawn = self.fingerprint != other.fingerprint and (self.seen or self.held)
             unless = ", unless other images are drawn as seen or held out now" if drawn else ""
@@ -252,6 +248,15 @@ class Identity:
                 f"goes on from the last checkpoint and evaluates anew{unless}"
             )
         return dataclasses.replace(other, changes=(*self.changes, *found), turns=self.turns)
+
+    def check_white(self, white_level: int, text: str, mend: str) -> None:
+        """Raises `UserError` if the images' white is another one than that of the training."""
+        if self.white_level and self.white_level != white_level:
+            raise UserError(
+                f"{text}: level {self.white_level} was white in images of more than 8 bits, now it "
+                f"is {white_level} (0: there are none), and all would be brighter or darker to the "
+                f"network. {mend}"
+            )
 
 
 def as_dict(config: ConfigDict) -> dict[str, Any]:

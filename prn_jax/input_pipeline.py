@@ -191,15 +191,8 @@ def plan_kinds(config: ConfigDict, num_seen: int) -> np.ndarray:
 
     Each slot goes to the kind that lags most behind its share. Without seen anomalies their slots
     and the extended ones go to simulated anomalies.
-
-    Raises:
-      UserError: the shares are negative or do not sum to 1.
     """
     shares = np.array([config.sampling[kind] for kind in KINDS], float)
-    if shares.min() < 0 or abs(shares.sum() - 1) > 1e-6:
-        raise UserError(
-            f"sampling.{{{', '.join(KINDS)}}} = {tuple(shares)}: give shares that sum to 1"
-        )
     if not num_seen:
         shares[SIMULATED] += shares[SEEN] + shares[EXTENDED]
         shares[SEEN] = shares[EXTENDED] = 0
@@ -282,7 +275,7 @@ def train_batches(
       [b], an index into `KINDS`.
 
     Raises:
-      UserError: the batch does not divide among the processes, or textures or shares are wrong.
+      UserError: the batch does not divide among the processes, or the textures are wrong.
     """
     if config.batch_size % process_count:
         raise UserError(

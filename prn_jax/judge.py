@@ -71,7 +71,7 @@ def read_own(detector: Detector, split: str, manual_dir: str | None) -> Images:
       manual_dir: where its raw files are now; None: where they were.
 
     Raises:
-      UserError: the data is not there, is wrong, or has no such split.
+      UserError: the data is not there, is wrong, has another white, or no such split.
     """
     from prn_jax import datasets
 
@@ -81,6 +81,11 @@ def read_own(detector: Detector, split: str, manual_dir: str | None) -> Images:
         detector.config.category,
         manual_dir=data.manual_dir if manual_dir is None else manual_dir,
         data_dir=data.data_dir,
+    )
+    detector.identity.check_white(
+        int((builder.info.metadata or {}).get("white_level", 0)),
+        f"{data.name} {detector.config.category} has changed since the training",
+        "Put the images back, or give their folder as --images",
     )
     found = read_split(builder, split, detector.image_size)
     if not len(found):

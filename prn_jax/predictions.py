@@ -76,7 +76,7 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
     if own:
         logging.info("left out %d files of earlier predictions", own)
     names: dict[pathlib.Path, str] = {}
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     for file, name in found.values():
         names[file] = _free_name(name.with_suffix(""), taken)
     return names
@@ -113,17 +113,22 @@ def _listed(
     return [(path, pathlib.Path(path.name))]
 
 
-def _free_name(name: pathlib.Path, taken: set[str]) -> str:
-    """A name that no other image's pictures have, and that is not too long."""
+def _free_name(name: pathlib.Path, taken: dict[str, int]) -> str:
+    """A name that no other image's pictures have, and that is not too long.
+
+    Args:
+      name: that it should be.
+      taken: the names so far, each with the number that was last put after it; gets this one.
+    """
     stem = name.name
     if len(os.fsencode(stem)) > _LONGEST_NAME:
         digest = hashlib.sha256(os.fsencode(stem)).hexdigest()[:12]
         stem = f"{os.fsdecode(os.fsencode(stem)[: _LONGEST_NAME - 13])}-{digest}"
-    number, chosen = 1, str(name.with_name(stem))
+    first = chosen = str(name.with_name(stem))
     while chosen in taken:
-        number += 1
-        chosen = str(name.with_name(f"{stem}_{number}"))
-    taken.add(chosen)
+        taken[first] += 1
+        chosen = f"{first}_{taken[first]}"
+    taken[chosen] = 1
     return chosen
 
 

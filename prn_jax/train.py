@@ -79,13 +79,11 @@ def create_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
     The first step of a warm-up has the rate 0: it fills the optimiser's moments only.
     """
-    share = config.optimizer.warmup
+    share, peak = config.optimizer.warmup, config.optimizer.learning_rate
     if not share:
-        return optax.cosine_decay_schedule(config.optimizer.learning_rate, max(1, steps))
+        return optax.cosine_decay_schedule(peak, max(1, steps))
     warmup = max(1, int(share * steps))
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.optimizer.learning_rate, warmup, max(steps, warmup + 1)
-    )
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 
 def create_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -103,7 +101,13 @@ def create_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransforma
         mask=is_kernel,
     )
     clip = config.optimizer.clip
-    return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
+
+    def update(gradient, state, params=None):
+        if clip:  # it has no state: a run may go on with another one, or without
+            gradient, _ = optax.clip_by_global_norm(clip).update(gradient, optax.EmptyState())
+        return adamw.update(gradient, state, params)
+
+    return optax.GradientTransformation(adamw.init, update)
 
 
 # --- initial state --------------------------------------------------------------------------------
@@ -152,16 +156,13 @@ def create_state(
 ) -> TrainState:
     """The state before the first step, of `variables` that lie on every device of the mesh."""
     network = {name: variables[name] for name in ("params", "batch_stats")}
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     return TrainState(
         meshes.replicate(mesh, np.int32(0)),
         **network,
         opt_state=meshes.replicate(mesh, jax.jit(optimizer.init)(variables["params"])),
-        average=jax.jit(_copy)(network) if config.optimizer.average else None,
+        average=copy(network) if config.optimizer.average else None,
     )
-
-
-def _copy(tree: Tree) -> Tree:
-    return jax.tree.map(jnp.copy, tree)
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def train(
       actions: called with each step when it is done, as CLU's periodic actions are.
       roi: where an image counts, uint8 [h, w] in {0, 1}; default: everywhere.
       seen_images: see `fit_prototypes`.
-      begun: called when the state to go on from is there; before, what there was may be refused.
+      begun: called when state and batches are there; before, what there was may be refused.
 
     Raises:
       UserError: the batch does not divide, the checkpoint is of another network or region of
@@ -330,9 +331,10 @@ def train(
     state, frozen = _start(
         config, model, optimizer, normal_images, seen_images, checkpoints, mesh, roi
     )
+    start = int(state.step)
+    batches = _prefetch(mesh, make_batches(start, steps)) if start < steps else iter(())
     begun()
     train_step = make_train_step(config, model, optimizer, mesh)
-    start = int(state.step)
     if start < steps:
         describe(state.params)
 
@@ -341,7 +343,6 @@ def train(
 
     progress = Progress(config, start, steps, create_schedule(config, steps), write_scalars)
     last_save = began = time.monotonic()
-    batches = _prefetch(mesh, make_batches(start, steps)) if start < steps else iter(())
     with Termination() as termination, progress:
         for step, batch in enumerate(batches, start=start + 1):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -408,12 +409,10 @@ def _start(
     stored = interest | fit_prototypes(config, model, known, normal_images, mesh, seen_images)
     made = (model.num_prototypes, "prototypes") if model.trained else (model.num_patches, "patches")
     logging.info(
-        "%d %s per scale (%.0f MB in all) from %d normal images in %.1f s",
-        *made,
-        sum(x.nbytes for x in jax.tree.leaves(stored)) / 1e6,
-        len(normal_images),
+        "%d %s per scale (%.0f MB in all) from %d normal images in %.1f s", *made,
+        sum(x.nbytes for x in jax.tree.leaves(stored)) / 1e6, len(normal_images),
         time.monotonic() - began,
-    )
+    )  # fmt: skip
     state = create_state(config, variables, optimizer, mesh)
     return state, {"backbone": variables["backbone"], "prototypes": stored}
 

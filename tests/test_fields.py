@@ -35,6 +35,11 @@ from prn_jax.fields import checked
         ({"patch_map.patches": 0}, "patch_map.patches=0: give 1 or more"),
         ({"sampling.normal": 0.0}, "sampling.normal=0.0: epochs are passes over normal images"),
         (
+            {"sampling.normal": 0.9},
+            r"sampling \(.*normal=0.9.*\): give shares of 0 or more that sum",
+        ),
+        ({"sampling.normal": 0.75, "sampling.seen": -0.125}, "sampling .*: give shares"),
+        (
             {"prototypes.enabled": False, "memory.patches": 8, "memory.scales": (2, 3)},
             r"memory.scales=\(2, 3\): without prototypes",
         ),

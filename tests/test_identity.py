@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -92,6 +93,7 @@ def test_what_was_trained_on_never_says_what_a_threshold_promises():
         ({"config": changed(tile_overlap=0)}, "tile_overlap was 32.*network would be another"),
         ({"config": changed(image_size=(64, 64))}, "image_size was.*network would be another"),
         ({"config": changed(**{"patch_map.weight": 2.0})}, "patch_map.*network would be another"),
+        ({"config": changed(**{"optimizer.average": 0.9})}, "average.*network would be another"),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_never_allowed(changes, message):
@@ -189,8 +191,10 @@ def where(root, records):
     return {"manual_dir": root, "data_dir": records}
 
 
-def test_products_of_two_projects_have_records_of_their_own(tmp_path):
+def test_products_of_two_projects_have_records_of_their_own(tmp_path, monkeypatch):
     records = tmp_path / "records"
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     for project, good in (("a", 2), ("b", 3)):
         make_mvtec(tmp_path / project, "bolt", good=good)
         make_mvtec(tmp_path / project, f"only_{project}")
@@ -202,6 +206,7 @@ def test_products_of_two_projects_have_records_of_their_own(tmp_path):
     assert found["a"].data_dir != found["b"].data_dir
     counts = [found[x].info.splits["test"].num_examples for x in "ab"]
     assert counts == [7, 8]
+    assert not list((tmp_path / "temporary").iterdir())  # TFDS would leave an empty folder for each
     # All is what is in the folder, whatever records there are besides.
     for project in "ab":
         names = datasets.all_categories("folder", tmp_path / project, records)

@@ -199,11 +199,6 @@ def test_passes_are_shuffled_anew_whatever_the_seed():
     assert 0.8 < still.mean() < 1.2
 
 
-def test_wrong_shares_are_refused_by_name():
-    with pytest.raises(UserError, match="sampling.*sum to 1"):
-        input_pipeline.plan_kinds(make_config(**{"sampling.normal": 0.9}), 3)
-
-
 def test_a_batch_that_hosts_cannot_share_is_refused():
     with pytest.raises(UserError, match="batch_size=8 cannot be divided among 3 processes"):
         batches(make_config(), make_data(), process_count=3)

@@ -4,10 +4,27 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prn_jax import judge, trained_on
 from prn_jax.errors import UserError
+from prn_jax.identity import Identity
 from prn_jax.splits import Images
+from tests import tiny
+
+
+def test_images_whose_white_has_changed_are_refused(tmp_path):
+    config = tiny.run_config(tmp_path, (32, 32), 4, **{"data.name": "folder"})
+    deep = np.full((32, 32), 900, np.uint16)
+    for path in (tmp_path / "raw/bottle").glob("t*/**/*.png"):
+        Image.fromarray(deep).save(path)
+    identity = Identity("folder", "bottle", "", (), 0, 1023, {})
+    detector = types.SimpleNamespace(config=config, identity=identity, image_size=(32, 32))
+    read = {"split": "test", "manual_dir": None}
+    assert len(judge.read_own(detector, **read)) == 5
+    Image.fromarray(deep * 2).save(tmp_path / "raw/bottle/train/good/9.png")
+    with pytest.raises(UserError, match=r"level 1023 was white .* now it is 4095 .*--images"):
+        judge.read_own(detector, **read)
 
 
 def test_what_was_trained_on_is_left_out(tmp_path, caplog):

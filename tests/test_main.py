@@ -364,3 +364,19 @@ def test_bad_data_ends_all_processes_with_one_line_each(tmp_path):
     assert "no folder /nowhere/bottle/train" in errors[0][0]
     assert "looking for bottle failed on process 0, which says why" in errors[1][0]
     assert "Traceback" not in "".join(logs)
+
+
+@pytest.mark.slow
+def test_processes_with_other_fields_end_with_one_line_each(tmp_path):
+    coordinator = f"--coordinator=127.0.0.1:{free_port()}"
+    processes = [
+        start(command("demo", tmp_path / "work", coordinator, "--num_processes=2",
+                      f"--process_id={i}", seed=i, **{"data.data_dir": tmp_path / f"records_{i}"}))
+        for i in range(2)
+    ]  # fmt: skip
+    statuses, _, logs = finish(processes)
+    assert statuses == [1, 1], logs
+    for log in logs:
+        (line,) = [x for x in log.splitlines() if x.startswith("error: ")]
+        assert "process 1 has other fields (--config, --allow_config_change) than process 0" in line
+    assert not (tmp_path / "work").exists()

@@ -255,6 +255,24 @@ def test_the_gradient_is_clipped_to_its_norm(clip, norm):
     _, state = optimizer.update({"kernel": jnp.full(4, 5.0)}, state, params)
     moment = next(x for x in jax.tree.leaves(state) if x.shape == (4,))
     assert np.linalg.norm(moment) == pytest.approx(0.1 * norm, rel=1e-5)
+    # A run may go on with another limit, or with none.
+    other = train.create_optimizer(small_config(**{"optimizer.clip": 7.0}), 10).init(params)
+    assert jax.tree.structure(other) == jax.tree.structure(state)
+
+
+@pytest.mark.slow
+def test_what_was_there_stays_where_there_are_no_batches(images, tmp_path):
+    def refuse(start, steps):
+        raise UserError("a texture is damaged")
+
+    checkpoints, began = Checkpoints(tmp_path, 1), []
+    arguments = images, refuse, checkpoints, meshes.create_mesh(jax.devices()[:1])
+    with pytest.raises(UserError, match="a texture is damaged"):
+        train.train(
+            small_config(), *arguments, made_of(small_config(), images),
+            begun=lambda: began.append(1),
+        )  # fmt: skip
+    assert not began
 
 
 @pytest.mark.slow

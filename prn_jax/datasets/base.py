@@ -17,7 +17,6 @@ import collections
 import contextlib
 import functools
 import io
-import logging as std_logging
 import os
 import pathlib
 import tempfile
@@ -309,7 +308,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self.download_and_prepare(download_dir=downloads, download_config=config)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        info = tfds.core.DatasetInfo(
             builder=self,
             description=f"{self.title} ({self.licence}), one category, for anomaly detection.",
             homepage=self.page,
@@ -326,6 +325,8 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
+        info.initialize_from_bucket = lambda: None  # it would leave an empty folder in TMPDIR
+        return info
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         category = self.category
@@ -439,12 +440,3 @@ def _say_skipped(title: str, stray: list[pathlib.Path]) -> None:
 
 
 say_once = functools.cache(logging.log)
-
-
-def _is_news(record: std_logging.LogRecord) -> bool:
-    """Lets through what isn't TFDS's routine: paths that it reads, configs that it doesn't know."""
-    routine = record.levelno < std_logging.WARNING or "custom data configuration" in record.msg
-    return not (routine and "tensorflow_datasets" in record.pathname)
-
-
-logging.get_absl_logger().addFilter(_is_news)

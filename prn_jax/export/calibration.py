@@ -21,7 +21,7 @@ def sample(detector: Detector, manual_dir: str = "") -> np.ndarray:
       together from such samples.
 
     Raises:
-      UserError: the data, or the textures, are no longer there.
+      UserError: the data, or the textures, are no longer there or have another white.
     """
     from prn_jax import input_pipeline
 
@@ -32,5 +32,10 @@ def sample(detector: Detector, manual_dir: str = "") -> np.ndarray:
         if manual_dir:
             config.data.manual_dir = manual_dir
     data = input_pipeline.load_category(config, config.category)
+    detector.identity.check_white(
+        data.white_level,
+        f"{config.data.name} {config.category} has changed since the training",
+        "Put the images back, or name their folder by --manual_dir",
+    )
     samples = next(iter(input_pipeline.train_batches(config, data, total_steps=1)))["image"]
     return tiling.blend(samples.astype(np.float32)).round().astype(np.uint8)

@@ -78,8 +78,8 @@ def raised(scores: Any, distances: Any, exponent: Any) -> Any:
     """
     if exponent is None:
         return scores
-    odds = scores * (distances + _NEAR) ** exponent
-    return odds / (odds + 1.0 - scores)
+    # So written, a power that is beyond all numbers gives 0 or 1.
+    return scores / (scores + (1.0 - scores) * (distances + _NEAR) ** -exponent)
 
 
 def exponent(distances: np.ndarray, seen: np.ndarray, weight: float) -> np.float32:

@@ -15,7 +15,9 @@ from prn_jax import program
 
 CONFIG = program.define_config()
 OUTPUT = flags.DEFINE_string(
-    "output", "preview.png", "The PNG; with several categories their names are put before .png."
+    "output",
+    "preview.png",
+    "The PNG; with several categories their names are put before .png, which is added if missing.",
 )
 COLUMNS = flags.DEFINE_integer("columns", 8, "Images per row.", lower_bound=1)
 flags.mark_flags_as_required(["config"])
@@ -28,15 +30,15 @@ def main() -> None:
 
     config = checked(CONFIG.value)
     output = pathlib.Path(os.path.expanduser(OUTPUT.value))
+    if output.suffix != ".png":
+        output = output.with_name(f"{output.name}.png")
     names = experiment.categories(config)
     for name in names:
         with config.unlocked():
             config.category = name
         data = input_pipeline.load_category(config, name)
         sheet = preview.samples_sheet(config, data, COLUMNS.value)
-        path = output.with_suffix(".png")
-        if len(names) > 1:
-            path = path.with_name(f"{path.stem}_{name}.png")
+        path = output.with_stem(f"{output.stem}_{name}") if len(names) > 1 else output
         pictures.save_png(path, sheet)
         print(path, flush=True)
 

@@ -28,14 +28,16 @@ class Pieces:
       images: the first piece of each image, and the number of pieces, int [m + 1]. An image's first
         piece is its whole mask; its connected regions follow where there are several.
       number: which of the given images a piece is of, int [r].
-      region: uint8 [r, h, w] in {0, 1}.
+      part: which of that image's labels a piece is, int [r]; 0: all of them.
+      labels: of each given image's connected regions, from 1 on, int32 [n, h, w].
       centre: the middle of its bounding box, (row, column), whole pixels, float32 [r, 2].
     """
 
     types: np.ndarray
     images: np.ndarray
     number: np.ndarray
-    region: np.ndarray
+    part: np.ndarray
+    labels: np.ndarray
     centre: np.ndarray
 
     def __len__(self) -> int:
@@ -65,10 +67,11 @@ class Extend:
         pieces = cut_pieces(masks, defects, config.min_region)
         self._count = len(pieces)
         self._images = tf.constant(images)
-        self._types, self._first, self._numbers = (
-            tf.constant(x, tf.int32) for x in (pieces.types, pieces.images, pieces.number)
+        self._types, self._first, self._numbers, self._parts = (
+            tf.constant(x, tf.int32)
+            for x in (pieces.types, pieces.images, pieces.number, pieces.part)
         )
-        self._regions = tf.constant(pieces.region)
+        self._labels = tf.constant(pieces.labels)
         self._centres = tf.constant(pieces.centre)
 
     def __len__(self) -> int:
@@ -130,7 +133,8 @@ class Extend:
         config = self._config
         piece = self._draw_piece(draws)
         source = tf.gather(self._images, self._numbers[piece])
-        region = tf.gather(self._regions, piece)[..., None] * 255
+        labels, part = tf.gather(self._labels, self._numbers[piece]), self._parts[piece]
+        region = tf.cast(tf.where(part == 0, labels > 0, labels == part), tf.uint8)[..., None] * 255
         point = tf.gather(points, draws.integer(tf.shape(points)[0]))
         spatial = draws.chance(config.extended_spatial)
         angle = tf.where(spatial, draws.uniform(0.0, 2.0 * math.pi), 0.0)
@@ -170,24 +174,27 @@ def cut_pieces(masks: np.ndarray, defects: Sequence[str], min_pixels: int) -> Pi
       defects: the type of each.
       min_pixels: smaller regions are moved only together with the others.
     """
-    types, images, number, region = [], [], [], []
+    types, images, number, part, centre = [], [], [], [], []
+    labels = np.zeros(masks.shape, np.int32)
     marked = [i for i in range(len(masks)) if masks[i].any()]
     for i in sorted(marked, key=lambda i: defects[i]):
         if not number or defects[i] != defects[number[-1]]:
             types.append(len(images))
         images.append(len(number))
-        labels, found = ndimage.label(masks[i], np.ones((3, 3)))
-        sizes = np.bincount(labels.ravel(), minlength=found + 1)
-        kept = [labels == k for k in range(1, found + 1) if sizes[k] >= min_pixels]
-        own = [masks[i] > 0, *(kept if found > 1 else [])]
-        number += [i] * len(own)
-        region += own
-    bounds = [ndimage.find_objects(x.astype(int))[0] for x in region]
-    centre = [[(axis.start + axis.stop - 1) // 2 for axis in bound] for bound in bounds]
+        found = ndimage.label(masks[i], np.ones((3, 3)), output=labels[i])
+        sizes = np.bincount(labels[i].ravel(), minlength=found + 1)
+        kept = [k for k in range(1, found + 1) if sizes[k] >= min_pixels] if found > 1 else []
+        whole = ndimage.find_objects((labels[i] > 0).astype(int))
+        bounds = ndimage.find_objects(labels[i])
+        for bound in (*whole, *(bounds[k - 1] for k in kept)):
+            centre.append([(axis.start + axis.stop - 1) // 2 for axis in bound])
+        number += [i] * (1 + len(kept))
+        part += [0, *kept]
     return Pieces(
         np.array([*types, len(images)]),
         np.array([*images, len(number)]),
         np.array(number, int),
-        np.array(region, np.uint8).reshape(-1, *masks.shape[1:]),
+        np.array(part, int),
+        labels,
         np.array(centre, np.float32).reshape(-1, 2),
     )

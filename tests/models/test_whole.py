@@ -38,6 +38,9 @@ def test_a_standard_deviation_of_the_distance_raises_a_score_by_so_many_logits()
     found = raised(jnp.float32(scores), jnp.float32(distances), power)
     np.testing.assert_allclose(found, special.expit(logits), rtol=1e-5)
     np.testing.assert_array_equal(raised(scores, distances, 0.0), scores)
+    # Beyond all numbers of float32 it is 0 or 1.
+    found = raised(jnp.float32([0.3, 0.3]), jnp.float32([300.0, 0.0]), np.float32(60.0))
+    np.testing.assert_allclose(found, [1, 0], atol=1e-6)
     # The least that is told apart, and too few to tell.
     assert exponent(np.ones(10), far, 0.6) == pytest.approx(0.6 / 0.05)
     assert exponent(normal[:9], far, 0.6) == 0

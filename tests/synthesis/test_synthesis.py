@@ -118,9 +118,13 @@ def test_pieces_are_scipys_regions_and_whole_masks():
         expected += 1 + sum(np.sum(labels == i) >= 4 for i in range(1, count + 1))
     assert len(pieces) == expected
     for first, number in zip(pieces.images[:-1], (1, 0, 2, 3)):
-        np.testing.assert_array_equal(pieces.region[first], masks[number])
-    for number, region, centre in zip(pieces.number, pieces.region, pieces.centre):
-        assert (masks[number][region > 0] == 1).all()
+        assert (pieces.number[first], pieces.part[first]) == (number, 0)
+        labels, _ = ndimage.label(masks[number], np.ones((3, 3)))
+        np.testing.assert_array_equal(pieces.labels[number], labels)
+    for number, part, centre in zip(pieces.number, pieces.part, pieces.centre):
+        labels = pieces.labels[number]
+        region = labels == part if part else labels > 0
+        assert part == 0 or region.sum() >= 4
         rows, columns = np.nonzero(region)
         np.testing.assert_allclose(
             centre, [(rows[0] + rows[-1]) // 2, (columns.min() + columns.max()) // 2]
