@@ -122,3 +122,10 @@ def ppm_levels(data: bytes, image: Image.Image) -> np.ndarray:
         levels = np.frombuffer(data, ">u2", count, offset).astype(np.uint16)
     shape = (image.height, image.width)
     return levels.reshape(*shape, 3) if bands == 3 else levels.reshape(shape)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether an image has transparent pixels."""
+    if not image.has_transparency_data:
+        return False
+    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255

@@ -44,6 +44,8 @@ def train_and_evaluate(
         nothing half-written is left.
     """
     config = checked(config)
+    if not workdir:
+        raise UserError("--workdir is empty: give a folder")
     folder = epath.Path(os.path.expanduser(workdir))
     if "://" not in workdir:
         folder = folder.resolve()  # Orbax wants absolute paths
@@ -145,6 +147,10 @@ def _check_num_seen(config: ConfigDict) -> None:
 
 
 def _finished_metrics(config, folder, allow_config_change) -> dict[str, float | None] | None:
+    from prn_jax import datasets
+
+    if "://" not in os.fspath(folder):
+        datasets.check_outside(folder, "--workdir", config.data.name, config.data.manual_dir)
     config = config.copy_and_resolve_references()
     config.category = folder.name
     run = finished(config, folder, allow_config_change)

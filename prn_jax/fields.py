@@ -28,6 +28,9 @@ _RANGES = (
     (
         (
             "attention.layers",
+            "checkpoint.every_minutes",
+            "checkpoint.every_steps",
+            "eval_every",
             "loss.dice_weight",
             "loss.focal_gamma",
             "loss.focal_weight",
@@ -36,6 +39,7 @@ _RANGES = (
             "optimizer.clip",
             "optimizer.weight_decay",
             "patch_map.weight",
+            "profile.first_step",
             "score_distance",
             "synthesis.min_area",
             "synthesis.operations",
@@ -82,13 +86,14 @@ _RANGES = (
     ),
     (("prototypes.ratio",), lambda x: 0 < x <= 1, "a share, 1 at most"),
     (
-        (
-            "synthesis.extended_opacity",
-            "synthesis.extended_scale",
-            "synthesis.simulated_opacity",
-        ),
+        ("synthesis.extended_scale",),
         lambda x: len(x) == 2 and 0 < x[0] <= x[1],
         "the least and the most, greater than 0",
+    ),
+    (
+        ("synthesis.extended_opacity", "synthesis.simulated_opacity"),
+        lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
+        "the least and the most, greater than 0 and at most 1",
     ),
     # TensorFlow's draws take 31 bits of a seed, NumPy's 32.
     (("seed",), lambda x: 0 <= x < 2**31, f"0 to {2**31 - 1}"),
@@ -126,6 +131,8 @@ def checked(config: ConfigDict) -> ConfigDict:
     with config.ignore_type(), config.unlocked():
         config.image_size = size
     config.category = normal_form(config.category)
+    if not config.category:
+        raise UserError('category is empty: give a name, or "all"')
     _check_tiles(config)
     for names, fits, mend in _RANGES:
         for name in names:
@@ -172,9 +179,6 @@ def checked(config: ConfigDict) -> ConfigDict:
         )
     if config.decoder.stem and config.decoder.stride == 4:
         raise UserError("decoder.stem=True has no place in decoder.stride=4: give 1 or 2")
-    opacity = config.synthesis.extended_opacity, config.synthesis.simulated_opacity
-    if max(most for _, most in opacity) > 1:
-        raise UserError("synthesis.*_opacity: give at most 1")
     _check_some("attention.scales", config.attention.scales, (1, 2, 3))
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={config.dtype!r}: give auto, float32 or bfloat16")

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from absl import logging
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffTags
 
 from prn_jax import deep
 from prn_jax.errors import UserError, shown, shown_first
@@ -36,6 +36,9 @@ _JUNK = frozenset(
     | {"lost+found", "system volume information", "$recycle.bin"}  # of a disk's own
 )
 
+PREDICTION = "PRN prediction"  # in the metadata of what a prediction draws, of TIFF as this tag
+DESCRIPTION = TiffTags.lookup(270).value
+
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
 _ZEROS, _TRAILER = 512, 2**16  # bytes, see `_is_cut_jpeg`; some cameras write behind the end
 
@@ -50,6 +53,7 @@ class Picture:
       is_plain: whether TensorFlow, too, decodes `data` to `levels`: 8-bit grey or RGB PNG or JPEG.
       pages: images in the file; `levels` is the first.
       declared: the highest level that the file says it may hold; 0 where it doesn't say.
+      transparent: whether the file has transparent pixels; `levels` has their colours.
     """
 
     levels: np.ndarray
@@ -57,6 +61,7 @@ class Picture:
     is_plain: bool
     pages: int
     declared: int
+    transparent: bool = False
 
 
 # --- which files ----------------------------------------------------------------------------------
@@ -93,6 +98,23 @@ def why_skipped(path: pathlib.Path) -> str:
         if is_named and not (path.is_file() or path.is_symlink()):
             return "not a file but a device or a pipe"
     return "" if is_named else "no type of image that Pillow reads"
+
+
+def is_region(path: pathlib.Path) -> bool:
+    """Whether a file is called as a region of interest is."""
+    return path.stem.lower() == "roi" and is_image(path)
+
+
+def is_prediction(path: pathlib.Path) -> bool:
+    """Whether a file is a picture that a prediction drew, which is no image of a product."""
+    try:
+        if path.suffix not in (".png", ".tiff") or not path.is_file():
+            return False
+        with Image.open(path) as image:
+            tags = getattr(image, "tag_v2", {})
+            return PREDICTION in (image.info.get("Description"), tags.get(DESCRIPTION))
+    except Exception:  # its reader says what is wrong
+        return False
 
 
 def find_images(
@@ -167,7 +189,7 @@ def describe_skipped(paths: list[pathlib.Path]) -> str:
     """Counts and names what `find_images` skipped, with the reasons: one line."""
     reasons: dict[str, list[pathlib.Path]] = {}
     for path in paths:
-        reason = why_skipped(path) or "out of place"
+        reason = why_skipped(path) or ("of predictions" if is_prediction(path) else "out of place")
         reason = "out of place or read already" if reason == "a folder" else reason
         reasons.setdefault(reason, []).append(path)
     return "; ".join(
@@ -202,9 +224,8 @@ def read_picture(path: pathlib.Path, erase: bool = False) -> Picture:
         if image.format in ("JPEG", "MPO") and _is_cut_jpeg(data):  # libjpeg makes grey of the rest
             raise ValueError("it is cut short")
         levels = _levels(data, image, erase)
-        return Picture(
-            levels, data, _is_plain(data, image), _pages(image), deep.declared(data, image)
-        )
+        about = _pages(image), deep.declared(data, image), deep.is_transparent(image)
+        return Picture(levels, data, _is_plain(data, image), *about)
     except MemoryError as error:
         raise UserError(f"{shown(path)}: does not fit into memory") from error
     except UserError as error:
@@ -268,6 +289,12 @@ def read_array(path: pathlib.Path, white: int = 0) -> np.ndarray:
             logging.WARNING,
             "%s holds %d images: the first is read, as of each such file (said once)",
             1, shown(path), picture.pages,
+        )  # fmt: skip
+    if picture.transparent:
+        logging.log_first_n(
+            logging.WARNING,
+            "%s has transparent pixels: their colours count, as in each such file (said once)",
+            1, shown(path),
         )  # fmt: skip
     white = known_white(picture.levels, white, shown(path), picture.declared)
     return _rgb(to_uint8(picture.levels, white))

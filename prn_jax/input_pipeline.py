@@ -171,9 +171,14 @@ def _divide(
     normal = normal.select([x not in held_out for x in normal.id])
     known = {*normal.digests, *drawn.digests}
     copies = "are copies of images that are trained on"
-    test, held = (
-        leave_out(images, [x in known for x in images.digests], f"{what} {copies}", f"{category}: ")
-        for images, what in ((test, "test images"), (held, "normal images held out"))
+    test = leave_out(
+        test, [x in known for x in test.digests], f"test images {copies}", f"{category}: "
+    )
+    held = leave_out(
+        held,
+        [x in known or x in test.digests for x in held.digests],
+        f"normal images held out {copies} or tested on",
+        f"{category}: ",
     )
     if len(drawn) and not test.label.any():
         logging.warning(

@@ -14,7 +14,7 @@ from etils import epath
 from prn_jax import disk, evaluate, images, pictures, results, thresholds, trained_on
 from prn_jax.checkpoints import check_outside
 from prn_jax.datasets import layout
-from prn_jax.errors import UserError, shown
+from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.identity import as_dict
 from prn_jax.masks import resize_mask
 from prn_jax.predict import Detector
@@ -58,7 +58,17 @@ def read_folder(folder: pathlib.Path, detector: Detector) -> Images:
     found = Images(pixels, masks, [x.defect for x in examples], [x.id for x in examples])
     unmarked = [x for x, known in zip(found.id, found.has_mask) if not known]
     what = "%d anomalous images have no mask, or one of which nothing is left at this size"
-    say_unmarked(detector.config.category, what, unmarked)
+    say_unmarked(detector.config.category, what, unmarked, also="")
+    inverted = [x.mask for x, mask in zip(examples, masks) if 2 * mask.sum() > mask.size]
+    if inverted:
+        logging.warning(
+            "masks that mark more than half of the image, inverted?: %s", shown_first(inverted)
+        )
+    for path in layout.out_of_place(folder, ()):
+        if images.is_region(path):
+            logging.warning(
+                "%s is not read: the checkpoint's region of interest counts", shown(path)
+            )
     return found
 
 

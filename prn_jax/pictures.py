@@ -7,16 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, TiffTags
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from scipy import ndimage
 
-from prn_jax import disk
+from prn_jax import disk, images
 from prn_jax.splits import Images
 
 Row = tuple[str, list[tuple[np.ndarray, str]]]
 
-_PREDICTION = "PRN prediction"  # in the metadata of what a prediction draws
-_DESCRIPTION = TiffTags.lookup(270).value
 _PER_ROW = 4  # images of each defect in a sheet of results
 _BAND = 256  # rows of an image that are drawn at a time
 _OUTLINE = (255, 0, 200)  # seldom the colour of a product
@@ -127,7 +125,7 @@ def save_png(path: epath.PathLike, image: Image.Image, is_prediction: bool = Fal
     buffer = io.BytesIO()
     info = PngImagePlugin.PngInfo()
     if is_prediction:
-        info.add_text("Description", _PREDICTION)
+        info.add_text("Description", images.PREDICTION)
     image.save(buffer, "PNG", pnginfo=info)
     disk.write_file(epath.Path(path), buffer.getvalue())
 
@@ -141,20 +139,10 @@ def save_map(path: pathlib.Path, values: np.ndarray) -> None:
     if path.suffix == ".npy":
         np.save(buffer, values)
     else:
-        Image.fromarray(values).save(buffer, "TIFF", tiffinfo={_DESCRIPTION: _PREDICTION})
+        Image.fromarray(values).save(
+            buffer, "TIFF", tiffinfo={images.DESCRIPTION: images.PREDICTION}
+        )
     disk.write_file(epath.Path(path), buffer.getvalue())
-
-
-def is_prediction(path: pathlib.Path) -> bool:
-    """Whether a file is a picture that a prediction wrote, which is no image of a product."""
-    try:
-        if path.suffix not in (".png", ".tiff") or not path.is_file():
-            return False
-        with Image.open(path) as image:
-            tags = getattr(image, "tag_v2", {})
-            return _PREDICTION in (image.info.get("Description"), tags.get(_DESCRIPTION))
-    except Exception:  # its reader says what is wrong
-        return False
 
 
 def _fit(shape: tuple[int, int], cell: int) -> tuple[int, int]:

@@ -59,12 +59,14 @@ def find(patterns: Sequence[str]) -> dict[pathlib.Path, str]:
     own = 0
     for pattern in patterns:
         path = pathlib.Path(os.path.expanduser(pattern))
-        here = [path] if os.path.lexists(path) else map(pathlib.Path, _matching(path))
+        here = [path] if os.path.lexists(path) else [*map(pathlib.Path, _matching(path))]
         listed = [pair for x in here for pair in _listed(x, x == path, skipped)]
         own_here = sum(_is_own(file) for file, _ in listed)
         own += own_here
         # A shell's * names an earlier output folder and pictures too.
         if len(listed) == own_here and not own_here and not (path / tables.FILES[-1]).exists():
+            if not here and not glob.has_magic(pattern):
+                raise UserError(f"{shown(pattern)}: no such file or folder")
             raise UserError(f"{shown(pattern)}: there are no images{_left_out(skipped, own)}")
         for file, name in listed:
             if not _is_own(file):
@@ -89,7 +91,14 @@ def _left_out(skipped: list[pathlib.Path], own: int) -> str:
 
 def _is_own(path: pathlib.Path) -> bool:
     """Whether an earlier prediction wrote a file."""
-    return path.name in tables.FILES or pictures.is_prediction(path)
+    return path.name in tables.FILES or images.is_prediction(path)
+
+
+def _is_mask(path: pathlib.Path) -> bool:
+    """Whether a file of a product's folder is a mask or the region of interest."""
+    if images.is_region(path):
+        return (path.parent / "train").is_dir() or (path.parent / "test").is_dir()
+    return any(x.name == "ground_truth" and (x.parent / "test").is_dir() for x in path.parents)
 
 
 def _matching(path: pathlib.Path) -> list[str]:
@@ -105,7 +114,9 @@ def _listed(
     """Image files of a folder, or the file itself, each with its path below what was named."""
     if path.is_dir():
         files, rest = images.find_images(path)
-        skipped += rest
+        masks = {x for x in files if _is_mask(x)}
+        skipped += [*rest, *sorted(masks)]
+        files = [x for x in files if x not in masks]
         return [(file, file.relative_to(path)) for file in files]
     if not is_named and not images.is_image(path):
         skipped.append(path)
@@ -195,6 +206,11 @@ def predict_files(
     if rows:
         logging.info("%d of %d images were done before", len(rows), len(names))
     missing = [path for path in names if path not in rows]
+    if others := len({row["image"] for row in done.values()} - set(map(tables.text, names))):
+        logging.warning(
+            "%s had rows of %d images that are not among these: its tables lose them, its pictures "
+            "stay; give each set of images an --output of its own", shown(output), others,
+        )  # fmt: skip
     files = {(key, row["pictures"]): row.get("files", []) for key, row in done.items()}
     with_files = bool(asked.pictures or asked.maps or asked.explain)
     if with_files:  # Whose files are overwritten now is done again when it is asked for.
@@ -314,7 +330,7 @@ def _check_free(output: pathlib.Path, names: Iterable[str], asked: Asked) -> Non
     was_here = tables.is_earlier(output)
     for name in names:
         for path in (tables.beside(output / name, x) for x in asked.every_file()):
-            is_own = was_here if path.suffix == ".npy" else pictures.is_prediction(path)
+            is_own = was_here if path.suffix == ".npy" else images.is_prediction(path)
             if path.exists() and path.stat().st_size and not is_own:
                 raise tables.in_the_way(path)
 

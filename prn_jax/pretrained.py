@@ -172,9 +172,9 @@ def check(config: ConfigDict) -> None:
       UserError: there is no such backbone, file or package, or the hub does not give it.
     """
     for field, name, weights in sources(config):
-        weights = weights or backbone_spec(name, field).weights
-        if weights != "random":
-            find_weights(weights, field)
+        own = backbone_spec(name, field).weights
+        if (weights or own) != "random":
+            find_weights(weights or own, field)
 
 
 def find_weights(weights: str, field: str = "backbone") -> pathlib.Path:

@@ -103,8 +103,9 @@ def find_runs(workdir: epath.PathLike) -> list[tuple[str, epath.Path, Run]]:
         name = "/".join(folder.parts[len(root.parts) :])
         found.append((name, folder, results.read_run(folder)))
     if not found:
+        above = f", {shown(root.parent)}" if results.is_run(root) else ""
         raise UserError(
-            f"no results below {shown(workdir)}: give the --workdir of a finished training"
+            f"no results below {shown(workdir)}: give the --workdir of a finished training{above}"
         )
     return found
 

@@ -84,13 +84,14 @@ def within(split: Images, roi: np.ndarray, category: str) -> Images:
     return found
 
 
-def say_unmarked(category: str, what: str, ids: Sequence[str]) -> None:
+def say_unmarked(
+    category: str, what: str, ids: Sequence[str], also: str = ", and are not drawn as seen ones"
+) -> None:
     """Warns of anomalous images of which no pixel can be judged, if there are any."""
     if ids:
         logging.warning(
-            "%s: %s (%s): they count for the image-level figures alone, and are not drawn as seen "
-            "ones",
-            category, what % len(ids), shown_first(ids),
+            "%s: %s (%s): they count for the image-level figures alone%s",
+            category, what % len(ids), shown_first(ids), also,
         )  # fmt: skip
 
 

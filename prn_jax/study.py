@@ -168,7 +168,12 @@ def varied_config(config: ConfigDict, fields: dict[str, str]) -> ConfigDict:
         )
         own(arguments)
     except (AttributeError, flags.Error, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--vary {' '.join(arguments[1:])}: {error}") from error
+        # ml_collections has a KeyError, whose text would be in quotes, in an AttributeError.
+        inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
+        text = inner.args[0] if isinstance(inner, KeyError) and inner.args else inner
+        raise UserError(
+            f"--vary {' '.join(arguments[1:])}: {' '.join(str(text).split())}"
+        ) from error
     return checked(holder.value)
 
 

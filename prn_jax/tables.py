@@ -22,7 +22,7 @@ from prn_jax.errors import UserError, shown
 from prn_jax.predict import Detector, Inspection
 
 FIELDS = ("image", "score", "verdict", "highest", "row", "column", "distance", "unfamiliar",
-          "regions", "largest", "nearest", "error")  # fmt: skip
+          "regions", "largest", "nearest", "pictures", "error")  # fmt: skip
 # Endings of maps: that of MVTec AD's own evaluation, and one that no image has.
 MAPS = {"tiff": ".tiff", "npy": "_map.npy"}
 _LIMITS = ("threshold", "distance")  # of `Asked`: verdicts depend on them, rows do not
@@ -145,6 +145,7 @@ def text(path: pathlib.Path) -> str:
 def public(row: Row, asked: Asked) -> Row:
     """A row as people read it; `regions` is the list, "" where there is no pixel threshold."""
     shown_row = {name: row.get(name, "") for name in FIELDS}
+    shown_row["pictures"] = text(shown_row["pictures"])
     if row["error"]:
         return shown_row
     if asked.threshold is not None:

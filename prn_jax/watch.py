@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from prn_jax import images, pictures, tables
+from prn_jax import images, tables
 from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.predict import Inspection
 from prn_jax.tables import Asked
@@ -57,7 +57,7 @@ def _arrivals(folder, done, every, sleep):
             is_new = state[0] and done.get(path) != state[:2] and seen.get(path) == state
             if is_new and images.state(path) == state:  # the ones before it took their time
                 done[path] = state[:2]  # a link to it, or other rights, make it no new image
-                if not pictures.is_prediction(path):
+                if not images.is_prediction(path):
                     yield path
         if now:  # else the folder may be away
             done = {

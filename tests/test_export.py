@@ -153,6 +153,11 @@ def test_options_of_other_formats_are_refused(option, tmp_path):
         export.prepare("stablehlo", tmp_path / "bolt", **option)
 
 
+def test_a_name_of_another_format_is_refused(tmp_path):
+    with pytest.raises(UserError, match="onnx is called as --format=onnx is, but .* stablehlo"):
+        export.prepare("stablehlo", tmp_path / "bolt.onnx")
+
+
 def test_the_program_refuses_a_run_before_it_reads_the_checkpoint(tmp_path):
     run = tmp_path / "run"
     occupy(run, "run")

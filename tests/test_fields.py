@@ -53,7 +53,10 @@ from prn_jax.fields import checked
         ({"synthesis.self_source": 2.0}, "synthesis.self_source=2.0: give a share from 0 to 1"),
         ({"synthesis.softness": -1.0}, "synthesis.softness=-1.0: give 0 or more"),
         ({"synthesis.extended_scale": (1.5, 0.5)}, "extended_scale=.*: give the least and the"),
-        ({"synthesis.simulated_opacity": (0.5, 2.0)}, "_opacity: give at most 1"),
+        ({"synthesis.simulated_opacity": (0.5, 2.0)}, "_opacity=.*at most 1"),
+        ({"category": ""}, "category is empty: give a name, or"),
+        ({"eval_every": -3}, "eval_every=-3: give 0 or more"),
+        ({"checkpoint.every_minutes": float("nan")}, "every_minutes=nan: give 0 or more"),
     ],
 )
 def test_a_field_out_of_its_range_is_named(given, message):

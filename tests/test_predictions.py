@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prn_jax import evaluate, explain, pictures, predictions
+from prn_jax import evaluate, explain, images, predictions
 from prn_jax.errors import UserError
 from prn_jax.models.prn import PRN
 from prn_jax.tables import Asked
 from tests.predicting import Stub, draw, flat, predict, table
+from tests.trees import make_mvtec
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_pictures_that_were_left_out_are_made_when_asked_for(folder, tmp_path):
     predict(folder, output, again)
     assert again.calls == 10
     assert len(list(output.rglob("*.png"))) == 20
-    assert all(pictures.is_prediction(path) for path in output.rglob("*.png"))
+    assert all(images.is_prediction(path) for path in output.rglob("*.png"))
 
 
 def test_what_was_done_before_an_interruption_is_in_the_table(folder, tmp_path):
@@ -142,8 +143,28 @@ def test_patterns_folders_and_files(tmp_path, capsys):
         predictions.find([str(tmp_path / "nothing*")])
     with pytest.raises(UserError, match=r"no images; skipped 1 no type of image .*: .*c.txt"):
         predictions.find([str(tmp_path / "c*")])
+    with pytest.raises(UserError, match="lost.png: no such file or folder"):
+        predictions.find([str(tmp_path / "lost.png")])
     with pytest.raises(UserError, match="no images given"):
         predictions.find([])
+
+
+def test_of_a_product_s_folder_masks_and_region_are_no_images(tmp_path, caplog):
+    make_mvtec(tmp_path / "raw", "bolt", defects={"dent": 2})
+    draw(tmp_path / "raw/bolt/roi.png", 255)
+    draw(tmp_path / "ground_truth/0.png", 255)  # nobody's
+    found = predictions.find([str(tmp_path)])
+    assert len(found) == 4 + 2 + 2 + 1
+    assert "skipped 3 out of place: " in caplog.text
+    assert list(predictions.find([str(tmp_path / "raw/bolt/roi.png")]))  # as it is named
+
+
+def test_rows_that_leave_the_tables_are_said(folder, tmp_path, caplog):
+    predict(folder, tmp_path / "out", Stub())
+    assert "had rows of" not in caplog.text
+    rows = predict(folder / "3.png", tmp_path / "out", Stub())
+    assert len(rows) == 1
+    assert "had rows of 9 images that are not among these" in caplog.text
 
 
 def test_an_output_that_cannot_be_written_is_one_line(folder, tmp_path):

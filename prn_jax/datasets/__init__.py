@@ -6,6 +6,7 @@ demo that needs no files, and `folder` for anybody's own images.
 
 import difflib
 import os
+import pathlib
 from collections.abc import Iterable
 
 from absl import logging
@@ -32,7 +33,7 @@ def available(
     builder = _builder(name)
     found = set(builder.sources(manual_dir))
     if data_dir is not None:
-        found |= builder.prepared(data_dir)
+        found |= builder.prepared(manual_dir, data_dir)
     known = list(builder.counts)
     return [c for c in known if c in found] + sorted(found.difference(known))
 
@@ -50,7 +51,7 @@ def all_categories(
     """
     builder = _builder(name)
     found = available(name, manual_dir) if os.fspath(manual_dir) else []
-    recorded = available(name, "", data_dir) if not found else []
+    recorded = available(name, manual_dir, data_dir) if not found else []
     if not os.fspath(manual_dir):
         found = recorded
     if not found:
@@ -109,6 +110,29 @@ def count_anomalous(
     if not examples or any(x.defect is None for x in drawn):
         return None
     return len(drawn), sum(x.mask is not None for x in drawn)
+
+
+def check_outside(
+    path: str | os.PathLike, flag: str, name: str, manual_dir: str | os.PathLike
+) -> None:
+    """Refuses to write among the raw files of a data set, where it would be taken for some of them.
+
+    Args:
+      path: where something is to be written.
+      flag: that gave it, for the message.
+      name: a key of `BUILDERS`.
+      manual_dir: see `prepare`.
+
+    Raises:
+      UserError: it lies in a category's folder.
+    """
+    place = pathlib.Path(os.path.realpath(os.path.expanduser(path)))
+    for source in _builder(name).sources(manual_dir).values():
+        if place.is_relative_to(os.path.realpath(source)):
+            raise UserError(
+                f"{flag}={shown(path)}: that would be written among the images in {shown(source)}; "
+                "give another place"
+            )
 
 
 def _known(

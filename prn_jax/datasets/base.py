@@ -118,8 +118,9 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     @classmethod
-    def prepared(cls, data_dir: str | os.PathLike) -> set[str]:
-        """Returns the categories that have TFRecords."""
+    def prepared(cls, manual_dir: str | os.PathLike, data_dir: str | os.PathLike) -> set[str]:
+        """Returns the categories that have TFRecords which may stand for those in `manual_dir`."""
+        del manual_dir
         return {category for category, _ in cls._records(data_dir)}
 
     @classmethod
@@ -380,6 +381,9 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 continue
             if picture.pages > 1:
                 self._report["several images in a file, the first is read"].append(example.image)
+            if picture.transparent:
+                self._report["transparent pixels, whose colours count"].append(example.image)
+            self._proportions[example.image] = size[1] / size[0]
             if picture.levels.dtype != np.uint8 and picture.levels.max(initial=0) > self._white:
                 self._report[f"levels above {self._white}, clipped"].append(example.image)
             if roi.stretched(self._region, size):
@@ -420,6 +424,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         _say_skipped(self._title, stray)  # Before anything can fail.
         self._report: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
         self._written: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._proportions: dict[pathlib.Path, float] = {}
 
     def _post_download_and_prepare_hook(self) -> None:
         parts = []
@@ -427,6 +432,8 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             found = [(defect, n) for (s, defect), n in sorted(self._written.items()) if s == split]
             parts.append(f"{split} " + (", ".join(f"{n} {d}" for d, n in found) or "empty"))
         logging.info("%s: %s; TFRecords in %s", self._title, "; ".join(parts), shown(self.data_dir))
+        if odd := raw.stretched(self._proportions):
+            self._report["of other proportions than most, stretched to the same"] = odd
         for what, paths in self._report.items():
             logging.warning("%s: %s: %s", self._title, what, raw.some(paths))
         official = self.counts.get(self.category)

@@ -45,17 +45,14 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
     ) -> str:
         """Returns a name of the product and of where its raw files are.
 
-        Two projects may have a product of the same name. Where the raw files are gone, the
-        TFRecords of this product that there are count.
+        Two projects may have a product of the same name. Where `manual_dir` is not there, on
+        another host or unmounted, the TFRecords of this product that there are count.
 
         Raises:
           UserError: there are those of several products.
         """
-        root = pathlib.Path(os.path.realpath(os.path.expanduser(manual_dir)))
-        source = root if normal_form(root.name) == category else root / category
-        digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-        name = re.sub(r"[^\w.-]+", "_", category)[:60] + f"-{digest}"
-        if category in cls.sources(manual_dir):
+        name = _own_name(category, manual_dir)
+        if _is_there(manual_dir):
             return name
         found = [folder for owner, folder in cls._records(data_dir) if owner == category]
         if name in found or not found:
@@ -68,6 +65,16 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
                 f"made from {', '.join(map(shown, origins))}: set data.manual_dir to one of these"
             )
         return found[0]
+
+    @classmethod
+    def prepared(cls, manual_dir: str | os.PathLike, data_dir: str | os.PathLike) -> set[str]:
+        """Returns the products with TFRecords: of a folder that is there, those made of it."""
+        own = _is_there(manual_dir)
+        return {
+            category
+            for category, name in cls._records(data_dir)
+            if not own or name == _own_name(category, manual_dir)
+        }
 
     @classmethod
     def _category_of(cls, folder: epath.Path) -> str:
@@ -116,6 +123,17 @@ class Folder(base.AnomalyBuilder, skip_registration=True):
         return layout.scan_folders(
             folder, stray, normal=layout.GOOD, suffixes=("_mask", ""), needs_masks=False
         )
+
+
+def _is_there(manual_dir: str | os.PathLike) -> bool:
+    return bool(os.fspath(manual_dir)) and os.path.isdir(os.path.expanduser(manual_dir))
+
+
+def _own_name(category: str, manual_dir: str | os.PathLike) -> str:
+    root = pathlib.Path(os.path.realpath(os.path.expanduser(manual_dir)))
+    source = root if normal_form(root.name) == category else root / category
+    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
+    return re.sub(r"[^\w.-]+", "_", category)[:60] + f"-{digest}"
 
 
 def _is_product(folder: pathlib.Path) -> bool:

@@ -24,7 +24,7 @@ _NORMAL_NAMES = (
 _WORD = "(mask|gt|label|groundtruth|ground_truth|seg|annotation)"
 _MASK_WORD = re.compile(rf"^{_WORD}[-_. ]|[-_. ]?{_WORD}$", re.I)
 # What folders of masks beside folders of images are called.
-_MASK_FOLDER = re.compile("(masks?|gt|groundtruth|ground_truth|segs?|annotations?)$", re.I)
+_MASK_FOLDER = re.compile("(masks?|gt|ground[-_ ]?truth|segs?|labels?|annotations?)$", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,9 @@ def list_images(
       UserError: two files differ only in their extension, so that their ids would be equal.
     """
     files, skipped = images.find_images(folder, besides=folders)
-    stray.extend(skipped)
+    drawn = {x for x in files if images.is_prediction(x)}
+    files = [x for x in files if x not in drawn]
+    stray.extend(sorted((*skipped, *drawn)))
     found: dict[str, pathlib.Path] = {}
     for path in files:
         stem = normal_form(shown(path.relative_to(folder).with_suffix("").as_posix()))
@@ -168,14 +170,19 @@ def scan_folders(
         ambiguous name.
     """
     parts = ("train", "test", "ground_truth")
+    for path in () if (folder / parts[2]).is_dir() else out_of_place(folder, parts):
+        if path.is_dir() and _MASK_FOLDER.match(path.name):
+            raise UserError(
+                f"{shown(path)}: is this the folder of masks? rename it {shown(folder / parts[2])}"
+            )
     # A region of interest lies in the product's folder, and is called so.
     stray.extend(
         x
         for x in out_of_place(folder, parts)
-        if x.is_dir() or (images.is_image(x) and not is_region(x))
+        if x.is_dir() or (images.is_image(x) and not images.is_region(x))
     )
     with contextlib.suppress(UserError):  # what lies above may be another's
-        stray.extend(x for x in out_of_place(folder.parent, ()) if is_region(x))
+        stray.extend(x for x in out_of_place(folder.parent, ()) if images.is_region(x))
     stray.extend(out_of_place(folder / "train", (normal,)))
     train = list_images(folder / "train" / normal, stray)
     if not train:
@@ -227,11 +234,6 @@ def _subfolders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return found
 
 
-def is_region(path: pathlib.Path) -> bool:
-    """Whether a file is called as a region of interest is."""
-    return path.stem.lower() == "roi" and images.is_image(path)
-
-
 def check_normal(found: dict[str, pathlib.Path]) -> None:
     """Asks about masks and regions of interest among normal images.
 
@@ -244,7 +246,7 @@ def check_normal(found: dict[str, pathlib.Path]) -> None:
                 f"{shown(image)}: is this the mask of {shown(found[plain])}? Normal images need "
                 "none, and it would be taken for one of them; remove it"
             )
-        if is_region(image):
+        if images.is_region(image):
             raise UserError(
                 f"{shown(image)}: is this a region of interest? It lies in the product's folder, "
                 "beside train and test; move it there, or rename it"

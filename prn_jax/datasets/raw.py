@@ -5,6 +5,8 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from prn_jax.datasets import roi
 from prn_jax.datasets.layout import GOOD, Example
 from prn_jax.errors import UserError, shown, shown_first
@@ -82,3 +84,11 @@ def differing(written: Mapping[tuple[str, str], int], official: Sequence[int]) -
         for kind, n in zip(kinds, official, strict=True)
         if counted[kind] != n
     ]
+
+
+def stretched(proportions: dict[pathlib.Path, float]) -> list[pathlib.Path]:
+    """The images whose width over height is far from that of most; KolektorSDD2's vary by 15 %."""
+    if not proportions:
+        return []
+    usual = np.median(list(proportions.values()))
+    return [path for path, x in proportions.items() if not 0.8 < x / usual < 1.25]

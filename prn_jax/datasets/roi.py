@@ -21,7 +21,7 @@ def _find(folder: pathlib.Path) -> pathlib.Path | None:
     Raises:
       UserError: there are two.
     """
-    found = [x for x in layout.out_of_place(folder, ()) if layout.is_region(x)]
+    found = [x for x in layout.out_of_place(folder, ()) if images.is_region(x)]
     if len(found) > 1:
         raise UserError(f"{shown(found[0])} and {found[1].name} are both there: keep one")
     return found[0] if found else None

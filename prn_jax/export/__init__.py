@@ -21,7 +21,7 @@ import numpy as np
 
 from prn_jax import images, results
 from prn_jax.checkpoints import check_outside
-from prn_jax.errors import UserError
+from prn_jax.errors import UserError, shown
 from prn_jax.export import check, graph, onnx, openvino, place, savedmodel, stablehlo
 from prn_jax.predict import Detector, say_type
 from prn_jax.splits import Images
@@ -32,6 +32,8 @@ FORMATS: dict[str, ModuleType] = {
     "onnx": onnx,
     "openvino": openvino,
 }
+# What files of a format are called, by people too.
+_ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".pb": "savedmodel"}
 # Formats that have an option. OpenVINO 2026.4 does not read the 8-bit model.
 _WITH = {"int8": ("onnx",), "opset": ("onnx", "openvino")}
 
@@ -159,6 +161,11 @@ def prepare(
         if given and kind not in _WITH[name]:
             raise UserError(f"--{name} is for --format={' or '.join(_WITH[name])}, not for {kind}")
     path = place.resolve(path)
+    if (meant := _ENDINGS.get(path.suffix.lower(), kind)) != kind:
+        raise UserError(
+            f"--output={shown(path)} is called as --format={meant} is, but the format is {kind}: "
+            "give that format, or another name"
+        )
     check_outside(path, "--output")
     place.check(path, kind)
     with place.staged(path):

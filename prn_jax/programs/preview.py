@@ -17,7 +17,7 @@ CONFIG = program.define_config()
 OUTPUT = flags.DEFINE_string(
     "output",
     "preview.png",
-    "The PNG; with several categories their names are put before .png, which is added if missing.",
+    "The PNG; with several categories their names are put before .png.",
 )
 COLUMNS = flags.DEFINE_integer("columns", 8, "Images per row.", lower_bound=1)
 flags.mark_flags_as_required(["config"])
@@ -25,13 +25,15 @@ flags.mark_flags_as_required(["config"])
 
 def main() -> None:
     """Writes one sheet per category."""
-    from prn_jax import experiment, input_pipeline, pictures, preview
+    from prn_jax import datasets, experiment, input_pipeline, pictures, preview
+    from prn_jax.errors import UserError, shown
     from prn_jax.fields import checked
 
     config = checked(CONFIG.value)
     output = pathlib.Path(os.path.expanduser(OUTPUT.value))
-    if output.suffix != ".png":
-        output = output.with_name(f"{output.name}.png")
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"--output={shown(output)}: give the name of a .png file")
+    datasets.check_outside(output, "--output", config.data.name, config.data.manual_dir)
     names = experiment.categories(config)
     for name in names:
         with config.unlocked():

@@ -29,11 +29,11 @@ def warnings(caplog):
 def load(tmp_path):
     """Loads the product "cup" of `tmp_path` as a training does."""
 
-    def load(num_seen=0, size=(64, 64)):
+    def load(num_seen=0, size=(64, 64), holdout=0.0):
         config = default.get_config()
         config.data.name, config.data.manual_dir = "folder", str(tmp_path / "raw")
         config.data.data_dir = str(tmp_path / "records")
-        config.num_seen, config.image_size = num_seen, size
+        config.num_seen, config.image_size, config.data.holdout = num_seen, size, holdout
         return input_pipeline.load_category(config, "cup")
 
     return load
@@ -339,6 +339,14 @@ def test_copies_of_what_is_trained_on_are_not_tested_on(cup, load, warnings):
     _, said = [x for x in warnings() if "are copies" in x]  # of each other, and of trained ones
     assert said.startswith("cup: ")
     assert "test/good/50%_copy" in said
+
+
+def test_copies_of_what_is_tested_on_promise_nothing_twice(cup, load, warnings):
+    held = load(holdout=0.5).held.id
+    assert len(held) == 2
+    shutil.copy(cup / f"{held[0]}.png", cup / "test/good/copy.png")
+    assert load(holdout=0.5).held.id == held[1:]
+    assert any(f"tested on and are left out: {held[0]}" in x for x in warnings())
 
 
 def test_a_draw_that_leaves_nothing_to_test_on_is_said(load, cup, warnings):

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from configs import default
-from prn_jax import datasets, errors, fields, images, input_pipeline
+from prn_jax import datasets, errors, experiment, fields, images, input_pipeline, pictures
 from prn_jax.errors import UserError
 from prn_jax.masks import read_mask_file
 from tests import trees
@@ -210,6 +210,63 @@ def test_records_of_another_folder_say_whose_they_are(config, cup, tmp_path, sai
     load(config)
     assert f"using the TFRecords in {tmp_path}/records" in said()
     assert f"made from {cup}" in said()
+
+
+def test_records_do_not_stand_for_a_folder_that_is_there(config, cup, tmp_path):
+    load(config)
+    config.data.manual_dir = str(tmp_path / "other")
+    trees.save(tmp_path / "other/cup/0.png", trees.draw(0))  # not sorted into train/good
+    with pytest.raises(UserError, match="neither .*/other/train/good nor "):
+        load(config)
+    where = config.data.manual_dir, config.data.data_dir
+    with pytest.raises(UserError, match="neither") as error:
+        datasets.all_categories("folder", *where)
+    assert "TFRecords" not in str(error.value)
+    trees.make_mvtec(tmp_path / "other", "lid")
+    with pytest.raises(UserError, match="no category 'cap' in folder; there are lid"):
+        load(config, "cap")
+
+
+@pytest.mark.parametrize("name", ["masks", "Ground_Truth", "gt", "labels", "ground truth"])
+def test_a_folder_of_masks_of_another_name_is_asked_about(config, cup, name):
+    (cup / "ground_truth").rename(cup / name)
+    with pytest.raises(UserError, match=f"cup/{name}: is this the folder of masks\\? rename it"):
+        load(config)
+
+
+def test_what_a_prediction_drew_is_no_image_of_the_product(config, cup, said):
+    for ending in ("heat", "mask"):
+        for place in ("train/good", "test/dent"):
+            picture = Image.fromarray(trees.draw(7))
+            pictures.save_png(cup / place / f"000_{ending}.png", picture, is_prediction=True)
+    data = load(config)
+    assert (len(data.train), len(data.test)) == (4, 6)
+    assert "skipped 4 of predictions: " in said()
+
+
+def test_transparent_pixels_and_other_proportions_are_said(config, cup, said):
+    picture = np.dstack([trees.draw(9), np.full(trees.SIZE, 255, np.uint8)])
+    trees.save(cup / "train/good/opaque.png", picture)
+    picture[0, 0, 3] = 0
+    trees.save(cup / "train/good/clear.png", picture)
+    trees.save(cup / "train/good/tall.png", trees.draw(9, (32, 16)))
+    load(config)
+    assert f"transparent pixels, whose colours count: 1 file: {cup}/train/good/clear.png" in said()
+    assert f"stretched to the same: 1 file: {cup}/train/good/tall.png" in said()
+
+
+@pytest.mark.parametrize("place", ["", "cup", "cup/train/good/000.png"])
+def test_nothing_is_written_among_the_images(config, cup, place):
+    with pytest.raises(UserError, match="--output=.*among the images in .*/cup; give another"):
+        datasets.check_outside(cup.parent / (place or "cup/new"), "--output", "folder", cup.parent)
+    if place:
+        return
+    datasets.check_outside(cup.parent / "runs", "--output", "folder", cup.parent)
+    config.category = "cup"
+    with pytest.raises(UserError, match="--workdir=.*among the images"):
+        experiment.train_and_evaluate(config, config.data.manual_dir)
+    with pytest.raises(UserError, match="--workdir is empty"):
+        experiment.train_and_evaluate(config, "")
 
 
 def test_a_loop_of_links_is_no_folder(config, tmp_path):
