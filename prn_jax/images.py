@@ -38,6 +38,7 @@ _JUNK = frozenset(
 
 PREDICTION = "PRN prediction"  # in the metadata of what a prediction draws, of TIFF as this tag
 DESCRIPTION = TiffTags.lookup(270).value
+_DRAWN = ("_heat.png", "_overlay.png", "_mask.png", "_why.png", ".tiff")  # `tables.Asked.files`
 
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
 _ZEROS, _TRAILER = 512, 2**16  # bytes, see `_is_cut_jpeg`; some cameras write behind the end
@@ -108,7 +109,7 @@ def is_region(path: pathlib.Path) -> bool:
 def is_prediction(path: pathlib.Path) -> bool:
     """Whether a file is a picture that a prediction drew, which is no image of a product."""
     try:
-        if path.suffix not in (".png", ".tiff") or not path.is_file():
+        if not path.name.endswith(_DRAWN) or not path.is_file():
             return False
         with Image.open(path) as image:
             tags = getattr(image, "tag_v2", {})
@@ -142,8 +143,7 @@ def find_images(
         return [], []
     # A link to a folder above would lead to what is none of this folder's.
     read = {_identity(above) for above in folder.resolve().parents}
-    found, skipped, pending = [], [], [folder]
-    links: list[pathlib.Path] = []
+    found, skipped, pending, links = [], [], [folder], []
     while pending or links:
         path = pending.pop() if pending else links.pop(0)
         try:
