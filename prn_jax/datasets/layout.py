@@ -171,7 +171,7 @@ def scan_folders(
     """
     parts = ("train", "test", "ground_truth")
     for path in () if (folder / parts[2]).is_dir() else out_of_place(folder, parts):
-        if path.is_dir() and _MASK_FOLDER.match(path.name):
+        if _MASK_FOLDER.match(path.name) and images.find_images(path)[0]:
             raise UserError(
                 f"{shown(path)}: is this the folder of masks? rename it {shown(folder / parts[2])}"
             )

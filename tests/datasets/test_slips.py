@@ -230,6 +230,8 @@ def test_records_do_not_stand_for_a_folder_that_is_there(config, cup, tmp_path):
 @pytest.mark.parametrize("name", ["masks", "Ground_Truth", "gt", "labels", "ground truth"])
 def test_a_folder_of_masks_of_another_name_is_asked_about(config, cup, name):
     (cup / "ground_truth").rename(cup / name)
+    (cup / "annotations").mkdir()
+    (cup / "annotations/000.txt").write_text("0 0.5 0.5 0.1 0.1")  # no masks
     with pytest.raises(UserError, match=f"cup/{name}: is this the folder of masks\\? rename it"):
         load(config)
 
