@@ -12,6 +12,7 @@ import os
 import pathlib
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -147,6 +148,11 @@ def cache_compilations() -> None:
     if jax.config.jax_compilation_cache_dir is None and not several_gpus:
         base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         folder = pathlib.Path(os.path.expanduser(base)) / "prn_jax" / "xla"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:  # of a container whose user has no home: JAX would warn of each program
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Forty small programs, below JAX's limit of a second, are most of a warm start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

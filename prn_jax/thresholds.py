@@ -139,7 +139,7 @@ def select(
             "--cost_of_false_alarm"
         )
     if threshold is not None:
-        return {"value": threshold, "source": "as given", "promise": "none"}
+        return {"value": threshold, "source": "as given", "promise": "nothing is promised"}
     if max_false_alarms is not None:
         return for_false_alarms(thresholds or {}, max_false_alarms)
     if costs[0] is not None:

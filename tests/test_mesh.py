@@ -137,3 +137,18 @@ def test_alone_nothing_is_joined_and_the_work_is_done_once(monkeypatch):
 
 def _fail():
     raise UserError("as it came")
+
+
+def test_who_has_no_place_to_keep_programs_keeps_none(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        mesh.cache_compilations()
+        assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        mesh.cache_compilations()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache/prn_jax/xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
