@@ -145,19 +145,24 @@ def _state(path: str) -> tuple[int, int]:
 def _done(output: str, digest: str) -> set[tuple[str, int, int]]:
     """The paths and states of the files that have a row already."""
     import pyarrow
-    from pyarrow import dataset
+    from pyarrow import parquet
 
-    if not os.path.isdir(output) or not os.listdir(output):
-        return set()
-    try:
-        rows = dataset.dataset(output, format="parquet").to_table()
-        rows = rows.select(["image", "bytes", "modified", "error", "checkpoint"]).to_pylist()
-    except (pyarrow.ArrowException, KeyError) as error:
-        raise UserError(
-            f"{shown(output)} holds something else than earlier rows: give another folder"
-        ) from error
-    return {
-        (row["image"], row["bytes"], row["modified"])
-        for row in rows
-        if row["checkpoint"] == digest and not row["error"]
-    }
+    done = set()
+    fields = ["image", "bytes", "modified", "error", "checkpoint"]
+    for path in sorted(pathlib.Path(output).glob("[!._]*")):
+        try:
+            rows = parquet.read_table(path, columns=fields).to_pylist()
+            done |= {
+                (row["image"], row["bytes"], row["modified"])
+                for row in rows
+                if row["checkpoint"] == digest and not row["error"]
+            }
+        except (pyarrow.ArrowException, KeyError, OSError) as error:
+            if path.suffix == ".parquet" and isinstance(error, pyarrow.ArrowInvalid):
+                what = "%s is damaged, by a worker that was killed while it wrote: its images are "
+                logging.warning(what + "done again; remove it before you read the folder", path)
+                continue
+            raise UserError(
+                f"{shown(output)} holds something else than earlier rows: give another folder"
+            ) from error
+    return done
