@@ -1,4 +1,4 @@
-"""Images of more than 8 bits per channel, which Pillow reads in part: 16-bit grey and colour."""
+"""Images of more than 8 bits per channel, which Pillow reads in part, and what else a file says."""
 
 import io
 import sys

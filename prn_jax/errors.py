@@ -60,6 +60,16 @@ def first_line(error: Exception) -> str:
     return first if len(first) <= _LONGEST else f"{first[:_LONGEST]}..."
 
 
+def field_line(error: Exception) -> str:
+    """What ml_collections says of a field that is not there or takes no such value, in one line.
+
+    It has a KeyError, whose text would be in quotes, in an AttributeError.
+    """
+    inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
+    text = inner.args[0] if isinstance(inner, KeyError) and inner.args else inner
+    return ": ".join(str(text).splitlines())
+
+
 def normal_form(name: str) -> str:
     """A name as names are compared: with "ü" as one character, though a Mac writes two."""
     return unicodedata.normalize("NFC", name)

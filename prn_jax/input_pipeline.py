@@ -174,9 +174,10 @@ def _divide(
     test = leave_out(
         test, [x in known for x in test.digests], f"test images {copies}", f"{category}: "
     )
+    known |= {*test.digests}
     held = leave_out(
         held,
-        [x in known or x in test.digests for x in held.digests],
+        [x in known for x in held.digests],
         f"normal images held out {copies} or tested on",
         f"{category}: ",
     )

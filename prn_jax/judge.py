@@ -59,11 +59,9 @@ def read_folder(folder: pathlib.Path, detector: Detector) -> Images:
     unmarked = [x for x, known in zip(found.id, found.has_mask) if not known]
     what = "%d anomalous images have no mask, or one of which nothing is left at this size"
     say_unmarked(detector.config.category, what, unmarked, also="")
-    inverted = [x.mask for x, mask in zip(examples, masks) if 2 * mask.sum() > mask.size]
+    inverted = [x.mask for x, mask in zip(examples, masks) if layout.seems_inverted(mask)]
     if inverted:
-        logging.warning(
-            "masks that mark more than half of the image, inverted?: %s", shown_first(inverted)
-        )
+        logging.warning("%s: %s", layout.INVERTED, shown_first(inverted))
     for path in layout.out_of_place(folder, ()):
         if images.is_region(path):
             logging.warning(

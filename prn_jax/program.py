@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags.tuple_parser import TupleParser
 
-from prn_jax.errors import Interrupted, UserError, shown
+from prn_jax.errors import Interrupted, UserError, field_line, shown
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _CONFIGS = _PACKAGE / "configs"
@@ -297,9 +297,7 @@ def _parse(argv: list[str], positional: bool) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except AttributeError as error:
-        # ml_collections names the nearest field in the text of an AttributeError.
-        text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", ": ")
-        fail(f"no such config field: {text}")
+        fail(f"no such config field: {field_line(error)}")
     except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{error} (see --help)")
     if len(rest) > 1 and not positional:

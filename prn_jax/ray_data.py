@@ -159,8 +159,10 @@ def _done(output: str, digest: str) -> set[tuple[str, int, int]]:
             }
         except (pyarrow.ArrowException, KeyError, OSError) as error:
             if path.suffix == ".parquet" and isinstance(error, pyarrow.ArrowInvalid):
-                what = "%s is damaged, by a worker that was killed while it wrote: its images are "
-                logging.warning(what + "done again; remove it before you read the folder", path)
+                logging.warning(
+                    "%s is damaged, by a worker that was killed while it wrote: its images are "
+                    "done again; remove it before you read the folder", shown(path),
+                )  # fmt: skip
                 continue
             raise UserError(
                 f"{shown(output)} holds something else than earlier rows: give another folder"

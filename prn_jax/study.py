@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from prn_jax import experiment, pretrained, results
 from prn_jax.checkpoints import holds_checkpoints
-from prn_jax.errors import Interrupted, UserError
+from prn_jax.errors import Interrupted, UserError, field_line
 from prn_jax.fields import checked
 from prn_jax.identity import lock
 from prn_jax.progress import duration
@@ -168,12 +168,7 @@ def varied_config(config: ConfigDict, fields: dict[str, str]) -> ConfigDict:
         )
         own(arguments)
     except (AttributeError, flags.Error, KeyError, TypeError, ValueError) as error:
-        # ml_collections has a KeyError, whose text would be in quotes, in an AttributeError.
-        inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
-        text = inner.args[0] if isinstance(inner, KeyError) and inner.args else inner
-        raise UserError(
-            f"--vary {' '.join(arguments[1:])}: {' '.join(str(text).split())}"
-        ) from error
+        raise UserError(f"--vary {' '.join(arguments[1:])}: {field_line(error)}") from error
     return checked(holder.value)
 
 

@@ -10,7 +10,7 @@ from prn_jax import judge, trained_on
 from prn_jax.errors import UserError
 from prn_jax.identity import Identity
 from prn_jax.splits import Images
-from tests import tiny
+from tests import tiny, trees
 
 
 def test_images_whose_white_has_changed_are_refused(tmp_path):
@@ -25,6 +25,20 @@ def test_images_whose_white_has_changed_are_refused(tmp_path):
     Image.fromarray(deep * 2).save(tmp_path / "raw/bottle/train/good/9.png")
     with pytest.raises(UserError, match=r"level 1023 was white .* now it is 4095 .*--images"):
         judge.read_own(detector, **read)
+
+
+def test_what_is_odd_in_a_folder_to_judge_on_is_said(tmp_path, caplog):
+    trees.make_mvtec(tmp_path, "cup", defects={"dent": 2})
+    for name in ("ground_truth/dent/001_mask.png", "roi.png"):
+        trees.save(tmp_path / "cup" / name, np.full(trees.SIZE, 255, np.uint8))
+    config = types.SimpleNamespace(category="cup")
+    detector = types.SimpleNamespace(config=config, image_size=(32, 32), white_level=0)
+    found = judge.read_folder(tmp_path / "cup", detector)
+    assert len(found) == 4 + 2 + 2
+    assert "more than half of the image, inverted?: " in caplog.text
+    assert "dent/001_mask.png" in caplog.text
+    assert "000_mask.png" not in caplog.text
+    assert "roi.png is not read: the checkpoint's region of interest counts" in caplog.text
 
 
 def test_what_was_trained_on_is_left_out(tmp_path, caplog):

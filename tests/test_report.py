@@ -85,6 +85,10 @@ def make_run(workdir, category, normal=12, anomalous=9):
 
 
 def test_a_workdir_without_results_is_named(tmp_path):
+    make_run(tmp_path, "cup")
+    with pytest.raises(UserError, match=f"no results below .*finished training, {tmp_path}$"):
+        report.write_report(tmp_path / "cup", tmp_path / "report.html")
+    shutil.rmtree(tmp_path / "cup")
     with pytest.raises(UserError, match="no results below"):
         report.write_report(tmp_path, tmp_path / "report.html")
     run = make_run(tmp_path, "bottle")

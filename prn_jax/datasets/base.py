@@ -29,12 +29,10 @@ from etils import epath
 
 from prn_jax import images
 from prn_jax.datasets import raw, records, roi
-from prn_jax.datasets.layout import GOOD, Example, read_mask
+from prn_jax.datasets.layout import GOOD, INVERTED, Example, read_mask, seems_inverted
 from prn_jax.errors import UserError, first_line, is_plain, shown
 from prn_jax.identity import lock
 
-# A mask that marks more of its image is taken for inverted (MVTec's largest, transistor: 0.494).
-_INVERTED = 0.5
 # Raised when an image or a mask comes out otherwise than before: TFRecords are then made anew where
 # the raw files are there.
 _READING = 2
@@ -395,10 +393,8 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 defect = "defect" if mask.any() else GOOD
             elif defect != GOOD and example.mask is not None and not mask.any():
                 self._report["empty masks of defective images"].append(example.mask)
-            if mask.mean() > 255 * _INVERTED:
-                self._report["masks that mark more than half of the image, inverted?"].append(
-                    example.mask
-                )
+            if seems_inverted(mask):
+                self._report[INVERTED].append(example.mask)
             data = images.encode(picture, self._white)
             yield self._record(example.id, example.split, defect, data, mask)
         raw.refuse(wrong)

@@ -2,11 +2,11 @@
 
 Fig. 3 cuts the map into patches of several sizes, gives each size its own self-attention, merges
 them by a conv, and repeats the whole N times; it does not show how a patch becomes a query, key and
-value. That follows STTN: 1x1 convs on the map before it is cut,
-the channels shared out over the sizes, logits scaled by 1/sqrt(d), LeakyReLU and a skip connection
-around the whole. Its feed-forward convs, which Fig. 3 does not show, are left out. PRNet gives each
-size all channels, an elementwise scale and bias for a projection, logits scaled by 1/d, and no skip
-but one of a conv of its heads.
+value. That follows STTN: 1x1 convs on the map before it is cut, the channels shared out over the
+sizes, logits scaled by 1/sqrt(d), LeakyReLU and a skip connection around the whole. Its
+feed-forward convs, which Fig. 3 does not show, are left out. PRNet gives each size all channels, an
+elementwise scale and bias for a projection, logits scaled by 1/d, and no skip but one of a conv of
+its heads.
 """
 
 import math

@@ -15,9 +15,7 @@ from prn_jax import program
 
 CONFIG = program.define_config()
 OUTPUT = flags.DEFINE_string(
-    "output",
-    "preview.png",
-    "The PNG; with several categories their names are put before .png.",
+    "output", "preview.png", "The PNG; with several categories their names are put before .png."
 )
 COLUMNS = flags.DEFINE_integer("columns", 8, "Images per row.", lower_bound=1)
 flags.mark_flags_as_required(["config"])
