@@ -140,8 +140,9 @@ class Checkpoints:
         try:
             yield
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            why, *_ = first_line(error).split(" [tensorstore_spec=")  # of a thousand letters
             raise UserError(
-                f"{shown(self.folder / str(step))} cannot be read ({first_line(error)}): where it "
+                f"{shown(self.folder / str(step))} cannot be read ({why}): where it "
                 "is damaged or not complete, copy it once more, or remove this folder, and the "
                 "checkpoint before it counts"
             ) from error

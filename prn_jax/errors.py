@@ -7,8 +7,6 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-_LONGEST = 200  # letters of another library's error
-
 
 class UserError(Exception):
     """A wrong path, field or file.
@@ -55,9 +53,8 @@ def shown_first(names: Sequence[str | os.PathLike], most: int = 5) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says first, in short; its type, where it says nothing."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first if len(first) <= _LONGEST else f"{first[:_LONGEST]}..."
+    """What another library's error says first; its type, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def field_line(error: Exception) -> str:
