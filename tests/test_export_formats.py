@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 import sklearn.metrics
+from ml_collections import ConfigDict
 
 import prn_jax
-from prn_jax import export, images, train
+from prn_jax import export, images, input_pipeline, train
 from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
 from prn_jax.export import calibration, check
@@ -173,6 +174,10 @@ def test_it_is_calibrated_on_what_training_sees(trained):
     images = calibration.sample(detector)
     assert images.shape == (64, 64, 64, 3)
     assert images.dtype == np.uint8
+    config = ConfigDict(detector.config)
+    normal = input_pipeline.load_category(config, config.category).train.image
+    share = config.sampling.normal / sum(config.sampling.values())
+    assert sum((x == normal).all(axis=(1, 2, 3)).any() for x in images) == round(64 * share)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

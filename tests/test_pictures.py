@@ -37,14 +37,25 @@ def test_an_overlay_shows_the_map():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 32)])
-def test_the_results_sheet_shows_the_hardest_of_each_defect(size, tmp_path):
+def test_the_results_sheet_shows_the_hardest_of_each_defect(size, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
+    shown, draw = [], pictures.contact_sheet
+    monkeypatch.setattr(pictures, "contact_sheet", lambda rows: shown.extend(rows) or draw(rows))
     count = 9
     images = rng.integers(0, 256, (count, *size, 3)).astype(np.uint8)
     masks = np.zeros((count, *size), np.uint8)
     defects = ["good"] * 3 + ["dent"] * 6
     test = Images(images, masks, defects, [f"test/{i}" for i in range(count)])
-    sheet = pictures.results_sheet(test, rng.random((count, *size)), rng.random(count))
+    scores = rng.random(count)
+    sheet = pictures.results_sheet(test, rng.random((count, *size)), scores)
+    assert [title for title, _ in shown] == [
+        "good: the highest scores of 3",
+        "dent: the lowest scores of 6",
+    ]
+    hardest = np.argsort(-scores[:3]), 3 + np.argsort(scores[3:])[:4]
+    for (_, cells), numbers in zip(shown, hardest, strict=True):
+        below = [caption for i in numbers for caption in (str(i), f"score {scores[i]:.3f}")]
+        assert [caption for _, caption in cells] == below
     assert sheet.width > 400
     assert sheet.height > 300
     pictures.save_png(tmp_path / "a" / "sheet.png", sheet)

@@ -1,5 +1,6 @@
 """A region of interest: what lies outside of `roi.png` is neither made, nor scored, nor judged."""
 
+import json
 import pathlib
 import types
 
@@ -10,9 +11,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from configs import default
 from configs import folder as folder_config
-from prn_jax import datasets, evaluate, input_pipeline, judge, metrics, splits
+from prn_jax import datasets, evaluate, experiment, input_pipeline, judge, metrics, splits
 from prn_jax.errors import UserError
 from prn_jax.synthesis.samples import EXTENDED, SEEN, SIMULATED
+from tests import tiny
 from tests.trees import make_mvtec, save
 
 SIZE = (64, 64)
@@ -105,6 +107,34 @@ def test_figures_are_those_of_the_pixels_within_it():
     # A rectangle of the image is an image.
     cut = metrics.rank_pixels(maps[:, 6:18, 5:25], masks[:, 6:18, 5:25])
     assert metrics.pro(ranking) == pytest.approx(metrics.pro(cut))
+
+
+@pytest.mark.slow
+def test_a_run_s_own_figures_are_of_it(tmp_path):
+    config = tiny.run_config(tmp_path, size=SIZE, train=6, total_steps=1, **{"data.holdout": 0.34})
+    roi = np.zeros(SIZE, np.uint8)
+    roi[20:, 10:50] = 1
+    save(tmp_path / "raw/bottle/roi.png", 255 * roi)
+    # Defects that random masks of 64 pixels' side might place outside.
+    for number in range(3):
+        mask = np.zeros(SIZE, np.uint8)
+        mask[5 * number :, 20 : 30 + number] = 255
+        save(tmp_path / f"raw/bottle/ground_truth/broken/00{number}_mask.png", mask)
+    experiment.train_and_evaluate(config, str(tmp_path / "work"))
+    folder = tmp_path / "work" / "bottle"
+    run = json.loads((folder / "results.json").read_text())
+    with np.load(folder / "predictions.npz") as kept:
+        maps, masks = (np.float64(kept[name]) for name in ("map", "mask"))
+        np.testing.assert_array_equal(kept["roi"], roi)
+    assert not maps[:, roi == 0].any()
+    assert masks.any()
+    inside = masks[:, roi > 0].ravel(), maps[:, roi > 0].ravel()
+    # Maps are kept in 16 bits.
+    assert run["metrics"]["pixel_auroc"] == pytest.approx(roc_auc_score(*inside), abs=2e-3)
+    assert run["metrics"]["pixel_ap"] == pytest.approx(average_precision_score(*inside), abs=2e-3)
+    everywhere = roc_auc_score(masks.ravel(), maps.ravel())
+    assert abs(everywhere - run["metrics"]["pixel_auroc"]) > 0.02
+    assert run["thresholds"]["pixel"] >= maps[:, roi > 0].min() > 0
 
 
 @pytest.mark.parametrize("name", ["roi.PNG", "Roi.bmp", "ROI.tif"])

@@ -1,11 +1,13 @@
 import functools
 import signal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
 from configs import default
@@ -79,7 +81,10 @@ def assert_same(a, b, **tolerance):
 
 @pytest.mark.parametrize(("looks", "merge"), [((0,), "mean"), ((-1, 0), "mean"), ((-1, 0), "max")])
 def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, merge):
-    """Against NumPy in float64, of the logits that the network had before the step."""
+    """Against NumPy in float64, of the logits that the network had before the step.
+
+    So are the norms' running statistics: they take in a tenth of the batch's.
+    """
     config = small_config(**{"loss.focal_weight": 3.0, "loss.focal_alpha": 0.3,
                              "loss.focal_gamma": 2.0, "backbone.merge": merge,
                              "backbone.doublings": looks, "optimizer.clip": 0.0})  # fmt: skip
@@ -90,11 +95,16 @@ def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, merge):
 
     def forward(*of):
         # Whatever is learnt from, what each look gives by itself.
-        found = model.clone(merge="max").apply(*of, method="learning", mutable=["batch_stats"])[0]
-        return jnp.stack(found, axis=1)
+        found, noted = model.clone(merge="max").apply(
+            *of,
+            method="learning",
+            mutable=["batch_stats", "intermediates"],
+            capture_intermediates=lambda module, _: isinstance(module, nn.Conv),
+        )
+        return jnp.stack(found, axis=1), noted["intermediates"]
 
     mapped = jax.shard_map(forward, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
-    logits = jax.jit(mapped)(variables, batch["image"])
+    logits, convs = jax.jit(mapped)(variables, batch["image"])
     optimizer = train.create_optimizer(config, 4)
     state = train.create_state(config, variables, optimizer, mesh)
     frozen = {name: variables[name] for name in ("backbone", "prototypes") if name in variables}
@@ -111,6 +121,14 @@ def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, merge):
     focal = -np.where(truth, 0.3, 0.7) * (1 - towards) ** 2 * np.log(towards)
     expected = 0.5 * np.mean((p - truth) ** 2) + 3 * np.mean(focal)
     assert values["loss"] == pytest.approx(expected, rel=1e-4)
+    convs = flatten_dict(convs)
+    kept = flatten_dict(jax.device_get(after.batch_stats))
+    assert len(kept) == 2 * len(looks) * 8
+    for (*path, _, kind), found in kept.items():
+        before = np.float64(convs[(*path, "Conv_0", "__call__")][0])
+        batch_s = getattr(before, kind)(axis=(0, 1, 2))
+        initial = {"mean": 0.0, "var": 1.0}[kind]
+        np.testing.assert_allclose(found, 0.9 * initial + 0.1 * batch_s, rtol=1e-3, atol=1e-5)
 
 
 def test_decay_is_of_kernels_alone_and_warm_up_of_at_least_a_step_or_none():
@@ -212,7 +230,7 @@ def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, uninterrupted):
 
 @pytest.mark.slow
 def test_a_moving_average_of_the_weights_is_kept(images, tmp_path):
-    """Every step's weights, averaged in float64, are what a resumed run ends with."""
+    """Every step's weights and statistics, averaged in float64: with these a resumed run ends."""
     fields = {"optimizer.average": 0.3, "optimizer.clip": 0.5}
     live = []
 
@@ -234,16 +252,22 @@ def test_a_moving_average_of_the_weights_is_kept(images, tmp_path):
     frozen = {"backbone": variables["backbone"], "prototypes": stored}
     state = train.create_state(config, variables, optimizer, mesh)
     step = train.make_train_step(config, model, optimizer, mesh)
-    expected = jax.tree.map(np.float64, jax.device_get(state.params))
+
+    def weights(tree):
+        return {name: jax.device_get(tree[name]) for name in ("params", "batch_stats")}
+
+    expected = jax.tree.map(np.float64, weights(vars(state)))
     for number, batch in enumerate(make_batches(config)(0, 4)):
         state, _ = step(state, frozen, meshes.shard(mesh, batch))
-        live.append(jax.device_get(state.params))
+        live.append(weights(vars(state)))
         decay = min(0.3, (1 + number) / (10 + number))
         mix = functools.partial(np.average, axis=0, weights=[decay, 1 - decay])
         expected = jax.tree.map(lambda *x, mix=mix: mix(np.stack(x)), expected, live[-1])
-    assert_same(resumed.variables["params"], expected, rtol=1e-5, atol=1e-6)
-    kept = jax.tree.leaves(resumed.variables["params"])
-    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(kept, jax.tree.leaves(live[-1])))
+    kept = weights(resumed.variables)
+    assert_same(kept, expected, rtol=1e-5, atol=1e-6)
+    for name, tree in kept.items():
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(live[-1][name]), strict=True)
+        assert any(np.abs(a - b).max() > 1e-4 for a, b in pairs)
 
 
 @pytest.mark.parametrize(("clip", "norm"), [(0.5, 0.5), (100.0, 10.0), (0.0, 10.0)])

@@ -155,6 +155,14 @@ def test_an_inverted_mask_is_named(cup, load, warnings):
     assert any("inverted" in line and str(path) in line for line in warnings())
 
 
+def test_a_mask_is_marked_where_more_than_half_of_a_pixel_is():
+    y, x = np.mgrid[:90, :60]
+    disc = np.hypot(y - 42, x - 29) < 25
+    halves = np.kron(disc, np.ones((4, 8)))  # 90 and 60 do not divide by 24 and 32
+    area = halves.reshape(24, 15, 32, 15).mean(axis=(1, 3))
+    np.testing.assert_array_equal(resize_mask(np.uint8(disc), (24, 32)), area > 0.5)
+
+
 def test_thin_defects_keep_their_course_and_lost_ones_are_named(cup, load, warnings):
     scratch = np.zeros((1024, 1024), np.uint8)
     scratch[np.arange(100, 900), np.arange(100, 900) // 2] = 1  # a line, a pixel wide

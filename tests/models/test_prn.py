@@ -11,7 +11,10 @@ from prn_jax import evaluate, experiment, predict
 from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
 from prn_jax.fields import checked
-from prn_jax.models.backbone import BACKBONES, create_backbone
+from prn_jax.models.attention import MultiSizeAttention
+from prn_jax.models.backbone import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, create_backbone
+from prn_jax.models.decoder import Decoder
+from prn_jax.models.fusion import MultiScaleFusion
 from prn_jax.models.layers import upsample
 from prn_jax.models.prn import PRN, compute_dtype, create_model
 from tests import tiny
@@ -27,6 +30,93 @@ def init(model, size):
 
 def draw(count, size):
     return np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_blocks_are_joined_as_in_the_figure(norm):
+    """One after another by themselves; what each computes is compared with formulas elsewhere."""
+    tiny.register()
+    model = PRN(
+        backbone_name="tiny", num_prototypes=3, attention_layers=2, attention_scales=(2, 3),
+        divisions=(1, 2), attention_norm=norm, use_stem=True, decoder_channels=(8, 8, 8),
+    )  # fmt: skip
+    variables, image = init(model, (64, 64)), draw(4, (64, 64))
+
+    def apply(block, name, *of):
+        return block.apply({x: y[name] for x, y in variables.items() if name in y}, *of)
+
+    normalised = (jnp.float32(image) - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    stem, *features, deepest = apply(tiny.Tiny(return_stem=True), "backbone", normalised)
+    residuals = []
+    for scale, x in enumerate(features):
+        # Each image's own nearest one of three, and not of each scale the same.
+        stored = np.asarray(x)[scale : scale + 2].mean(axis=0, keepdims=True)
+        stored = np.concatenate([stored, np.asarray(x)[:2] + 0.1])
+        variables["prototypes"][f"scale_{scale}"]["maps"] = stored
+        squared = np.square(np.asarray(x)[:, None] - stored)
+        nearest = squared.sum(axis=(2, 3, 4)).argmin(axis=1)
+        assert len(set(nearest)) > 1
+        residuals.append(jnp.asarray(squared[np.arange(4), nearest]))
+    fused = (
+        apply(MultiScaleFusion(), "fuse_features", tuple(features)),
+        apply(MultiScaleFusion(), "fuse_residuals", tuple(residuals)),
+    )
+    maps = [jnp.concatenate(pair, axis=-1) for pair in zip(*fused)]
+    for scale, layer in ((1, 0), (1, 1), (2, 0), (2, 1)):
+        block = MultiSizeAttention((1, 2), norm)
+        maps[scale] = apply(block, f"attention_{scale}_{layer}", maps[scale], False)
+    maps = apply(MultiScaleFusion(), "fuse_attended", tuple(maps))
+    expected = apply(Decoder((8, 8, 8)), "decoder", deepest, maps, stem, False)
+    found = jax.jit(model.apply)(variables, image)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std", "gain"),
+    [
+        ("resnet18", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 1),
+        ("efficientnet_lite0", 127, 128, 1 / 16),
+    ],
+)
+def test_features_are_of_colours_as_the_published_weights_want_them(name, mean, std, gain):
+    model, image = PRN(backbone_name=name), jnp.asarray(draw(2, (64, 64)))
+    variables = jax.jit(lambda: model.init(jax.random.key(0), image, method="features"))()
+    found = jax.jit(lambda x: model.apply(variables, x, method="features"))(image)
+    alone = jax.jit(create_backbone(name).apply)
+    own = {kind: tree["backbone"] for kind, tree in variables.items()}
+    expected = alone(own, jnp.float32((np.asarray(image) - np.float64(mean)) / std))[:3]
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, gain * y, atol=1e-4 * gain * np.abs(y).max())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "attribute", "expected"),
+    [
+        ("attention.layers", 1, "attention_layers", 1),
+        ("attention.scales", (2, 3), "attention_scales", (2, 3)),
+        ("attention.divisions", (2, 4), "divisions", (2, 4)),
+        ("attention.norm", False, "attention_norm", False),
+        ("backbone.train_stage4", False, "train_stage4", False),
+        ("decoder.stem", True, "use_stem", True),
+        ("decoder.width", 0.25, "decoder_channels", (16, 32, 64)),
+        ("decoder.stride", 4, "decoder_stride", 4),
+        ("dtype", "bfloat16", "dtype", jnp.bfloat16),
+        ("fusion.enabled", False, "use_fusion", False),
+        ("memory.patches", 7, "num_patches", 7),
+        ("memory.scales", (2,), "memory_scales", (2,)),
+        ("memory.window", 2, "window", 2),
+        ("prototypes.enabled", False, "use_prototypes", False),
+        ("score_distance", 0.3, "score_distance", 0.3),
+        ("total_steps", 0, "trained", False),
+    ],
+)
+def test_a_field_is_the_network_s(field, value, attribute, expected):
+    config = default.get_config()
+    before = create_model(config, 2)
+    config.update_from_flattened_dict({field: value})
+    after = create_model(config, 2)
+    assert getattr(after, attribute) == expected
+    assert getattr(before, attribute) != expected
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 96), (160, 64)])

@@ -49,12 +49,10 @@ def test_lloyd_keeps_the_centre_of_an_empty_cluster(blobs):
 
 def test_k_means_finds_separated_clusters(blobs):
     mesh = meshes.create_mesh(jax.devices()[:1])
-    ours = prototypes.k_means(blobs, 6, jax.random.key(0), mesh)
     best = KMeans(6, n_init=10, random_state=0).fit(blobs).inertia_
     # k-means++ may split one cluster in two and merge others; it never ends far off.
     runs = [inertia(blobs, prototypes.k_means(blobs, 6, jax.random.key(i), mesh)) for i in range(5)]
     assert min(runs) == pytest.approx(best, rel=1e-4)
-    assert inertia(blobs, ours) == pytest.approx(runs[0])
 
 
 def test_seeds_are_drawn_in_proportion_to_squared_distance():

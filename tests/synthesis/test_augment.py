@@ -103,6 +103,24 @@ def test_autocontrast_and_equalize_are_close_to_pillows():
         assert np.abs(found.astype(int) - expected).mean() < 8
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 10])
+def test_so_many_of_the_ten_operations_are_applied(image, count, monkeypatch):
+    used = []
+    table = augment._lookup_table
+
+    def lookups(image, use, strength):
+        used.extend(number for number, chosen in enumerate(use) if chosen)
+        return table(image, use, strength)
+
+    monkeypatch.setattr(augment, "_lookup_table", lookups)
+    for number, name in enumerate(("hue_saturation", "sharpen", "rotate"), start=7):
+        monkeypatch.setattr(augment, name, lambda x, *_, n=number: used.append(n) or x)
+    for i in range(30):
+        augment.some_of_ten(tf.constant(image), Draws(tf.constant([7, i])), count)
+        assert len(set(used[i * count :])) == len(used) - i * count == count
+    assert count < 3 or set(used) == set(range(10))
+
+
 def test_three_different_operations_are_drawn(image):
     made = [
         augment.some_of_ten(tf.constant(image), Draws(tf.constant([7, i])), 3).numpy().tobytes()

@@ -231,6 +231,76 @@ def test_a_turned_piece_from_the_edge_has_no_dark_line(plain_paste):
     assert min(darkest) == 200
 
 
+def test_a_piece_is_turned_scaled_and_mirrored_with_what_it_shows(plain_paste):
+    plain_paste.extended_spatial = 1.0
+    source = np.zeros((32, 32, 3), np.uint8)  # an L, each part of another colour; black around it
+    for channel, box in enumerate((np.s_[8:12, 6:10], np.s_[8:12, 10:18], np.s_[12:20, 6:10])):
+        source[box][..., channel] = 200
+    mask = np.uint8(source.any(axis=-1))
+    areas, hands, angles = [], set(), []
+    for number in range(40):
+        grey = np.full((32, 32, 3), 100, np.uint8)
+        made, where = paste(plain_paste, [source], [mask], ["a"], number, grey, (16.0, 16.0))
+        inside = ndimage.binary_erosion(where, np.ones((3, 3)))
+        total = made[inside].sum(axis=-1, dtype=int)
+        assert (abs(total - 200) < 9).all()  # neither black nor grey
+        parts = np.argmax(made, axis=-1)
+        red, green, blue = (np.mean(np.nonzero(where & (parts == i)), axis=1) for i in range(3))
+        hands.add(np.sign(np.linalg.det([green - red, blue - red])))
+        angles.append(np.arctan2(*(green - red)))
+        areas.append(where.sum() / mask.sum())
+    assert hands == {-1, 1}
+    assert 0.2 < min(areas) < 0.5
+    assert 1.6 < max(areas) < 2.5  # scales of 0.5 to 1.5, squared
+    assert len(set(np.floor(np.array(angles) / (np.pi / 2)))) == 4
+
+
+def test_a_piece_is_recoloured_and_let_through(plain_paste):
+    colour, mask = np.array([150, 100, 60]), rectangle((8, 16), (9, 20))
+    source = np.broadcast_to(colour, (32, 32, 3)).astype(np.uint8)
+    luminance, found = np.array([0.299, 0.587, 0.114]), {"colour": set(), "opacity": set()}
+    for number in range(12):
+        plain_paste.update(extended_colour=1.0, extended_opaque=1.0)
+        made, where = paste(plain_paste, [source], [mask], ["a"], number)
+        (jittered,) = np.unique(made[where], axis=0)
+        change = jittered @ luminance - colour @ luminance
+        assert abs(change) < 0.2 * colour @ luminance + 30
+        found["colour"].add(tuple(jittered))
+        plain_paste.update(extended_colour=0.0, extended_opaque=0.0)
+        made, where = paste(plain_paste, [source], [mask], ["a"], number)
+        opacity = made[where] / colour
+        np.testing.assert_allclose(opacity, np.median(opacity), atol=0.02)
+        assert 0.5 <= np.median(opacity) <= 1
+        found["opacity"].add(np.median(opacity).round(2))
+    assert len(found["colour"] - {tuple(colour)}) > 8
+    assert len(found["opacity"]) > 6
+
+
+@pytest.mark.parametrize(("self_source", "is_object"), [(0.0, True), (1.0, True), (1.0, False)])
+def test_what_a_simulated_anomaly_shows_and_how_much_of_it(self_source, is_object):
+    config = default.get_config().synthesis
+    config.update(operations=0, self_source=self_source)
+    image = np.random.default_rng(0).integers(80, 120, (64, 64, 3)).astype(np.uint8)
+    texture = np.broadcast_to(np.uint8([220, 10, 240]), image.shape)
+    simulate = Simulate(image.shape[:2], tf.constant(texture[None]), config, is_object)
+    everywhere, opacities = tf.ones(image.shape[:2], tf.bool), []
+    for number in range(12):
+        made, where = simulate(tf.constant(image), everywhere, tf.constant(0.0), seed(number))
+        made, where = np.int32(made)[where], where.numpy()
+        if self_source and is_object:  # the image's own pixels, from elsewhere
+            assert made.min(initial=255) >= 80
+            assert made.max(initial=0) < 120
+        elif where.any():
+            opacity = (made - image[where]) / (np.int32(texture)[where] - image[where])
+            opacities.append(np.median(opacity))
+            np.testing.assert_allclose(opacity, opacities[-1], atol=0.02)
+    if opacities:
+        assert 0.2 <= min(opacities) < 0.4
+        assert 0.6 < max(opacities) <= 0.8
+    else:
+        assert self_source == is_object == 1
+
+
 def test_a_region_that_does_not_show_is_drawn_anew(plain_paste):
     plain_paste.max_pastes = 3
     rng = np.random.default_rng(0)
