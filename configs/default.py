@@ -173,8 +173,9 @@ def get_config() -> ConfigDict:
     # Decay per step of a moving average of the weights, which is evaluated and kept in place of
     # the last step's; 0: none. Beyond the paper.
     config.optimizer.average = 0.0
-    # The compute type: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU).
-    # Parameters, statistics, losses and the prototypes' distances are float32 always.
+    # The compute type: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32 on CPU and on
+    # NVIDIA's GPUs before Ampere). Parameters, statistics, losses and the prototypes' distances are
+    # float32 always; float32 is not rounded to what a TPU or a GPU is faster with.
     config.dtype = "auto"
 
     # --- the sampling plan: shares of a batch ----------------------------------------------------

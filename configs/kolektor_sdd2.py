@@ -6,7 +6,7 @@ from prn_jax.configs import default
 
 
 def get_config() -> ConfigDict:
-    """Returns the default with KolektorSDD2's folder and image size."""
+    """Returns the default with KolektorSDD2's folder and image size, and half of the batch."""
     config = default.get_config()
     config.data.name = "kolektor_sdd2"
     config.data.manual_dir = "~/data/KolektorSDD2"

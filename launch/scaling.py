@@ -52,7 +52,7 @@ PARAMETERS = flags.DEFINE_float("parameters", 27.2e6, "Trained, float32 gradient
 SHARE = flags.DEFINE_float("share_of_peak", 0.2, "Of the chip that the step reaches (assumed).")
 INPUT = flags.DEFINE_float("input_per_core", 280.0, "Images/s of one core (measured).")
 COLLECTIVES = flags.DEFINE_integer(
-    "collectives", 24, "Small reductions before the gradient's, of the batch norms (assumed)."
+    "collectives", 51, "Small reductions before the gradient's: three of each batch norm (counted)."
 )
 LATENCY = flags.DEFINE_float("latency_us", 10.0, "Of one small reduction (assumed).")
 OVERHEAD = flags.DEFINE_float("overhead_ms", 2.0, "Of a step, whatever its batch (assumed).")

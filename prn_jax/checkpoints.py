@@ -29,6 +29,17 @@ from prn_jax.identity import Identity
 Tree = Any
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX, by the step, whether to stop.
+
+    JAX remembers the last number that it was asked about, on whatever thread, and has all processes
+    stop at the next one; `progress.Termination` asks by a count of its own, which would miss it.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run (one category), newest last.
 
@@ -41,7 +52,7 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, keep: int = 2, read_only: bool = False):
         self.folder = _GlobProof(folder) if "://" not in str(folder) else epath.Path(folder)
         with _writable(self.folder):
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=None if read_only else keep,

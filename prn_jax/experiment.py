@@ -49,7 +49,7 @@ def train_and_evaluate(
     folder = epath.Path(os.path.expanduser(workdir))
     if "://" not in workdir:
         folder = folder.resolve()  # Orbax wants absolute paths
-    meshes.cache_compilations()
+    meshes.cache_compilations(folder)
     mesh = meshes.create_mesh()
     meshes.check_batch_size("batch_size", config.batch_size, mesh)
     meshes.barrier("the configuration is read")

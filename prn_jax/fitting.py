@@ -116,7 +116,6 @@ def _fit_look(
     look: int,
 ) -> dict[str, Any]:
     """What one look at the images compares with; its prototypes are of `some` of them."""
-    over_images = functools.partial(_over_images, config, variables, mesh)
     key = jax.random.key(config.seed)
     tiling = Tiling.of(config)
     places = tiling.count if model.trained else 1  # without training no whole map is compared with
@@ -124,12 +123,14 @@ def _fit_look(
     for scale in range(SCALES):
 
         def features(*x, scale=scale):
-            return model.apply(*x, look, method="features")[scale]
+            return (model.apply(*x, look, method="features")[scale],)
 
+        step = jax.jit(mapped(features, mesh))
+        over_images = functools.partial(_over_images, config, variables, mesh, step)
         centres = []
         for place in range(places):
             # One scale and place at a time: all maps of the images are larger than the images.
-            maps = over_images(tiling.at(some, place), features)
+            maps = over_images(tiling.at(some, place))
             found = k_means(
                 maps.reshape(len(maps), -1),
                 model.num_prototypes // places,
@@ -141,7 +142,7 @@ def _fit_look(
         result[f"scale_{scale}"] = {"maps": meshes.replicate(mesh, np.concatenate(centres))}
         if model.num_patches and scale + 1 in model.memory_scales:
             if model.tiling:
-                maps = over_images(_some_tiles(config, images), features)
+                maps = over_images(_some_tiles(config, images))
             patches = choose_patches(maps, model.num_patches, config.seed)
             result[f"memory_{scale}"] = {"patches": meshes.replicate(mesh, patches)}
     if not model.trained:
@@ -162,11 +163,10 @@ def _over_images(
     config: ConfigDict,
     variables: Tree,
     mesh: Mesh,
+    step: Callable[[Tree, jax.Array], tuple[jax.Array]],
     images: np.ndarray,
-    function: Callable[[Tree, jax.Array], jax.Array],
 ) -> np.ndarray:
-    """What a function of the variables and some images gives for all of them, [n, ...]."""
-    step = jax.jit(mapped(lambda *x: (function(*x),), mesh))
+    """What a mapped function of the variables and some images gives for all of them, [n, ...]."""
     size = -(-min(config.eval_batch_size, len(images)) // mesh.size) * mesh.size
     batch = jax.ShapeDtypeStruct((size, *images.shape[1:]), images.dtype)
     (one,) = jax.eval_shape(step, variables, batch)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -138,24 +139,32 @@ def _has_one_chip() -> bool:
     return os.environ.get("TPU_PROCESS_BOUNDS") == "1,1,1"
 
 
-def cache_compilations() -> None:
+def cache_compilations(shared: epath.Path | None = None) -> None:
     """Keeps compiled programs on disk, so that the next process of their kind starts at once.
 
-    Not of several processes with GPUs: only process 0 writes, and where the folder is not shared
-    the others would wait for its part in the search for kernels, which it skips.
+    Of several processes only process 0 writes. Those with TPUs read it in `shared`; of those with
+    GPUs nothing is kept, for who compiles would wait for process 0's part in the search for
+    kernels, which it skips.
+
+    Args:
+      shared: a folder that all processes see; None: this one is alone.
     """
-    several_gpus = jax.distributed.is_initialized() and jax.default_backend() == "gpu"
-    if jax.config.jax_compilation_cache_dir is None and not several_gpus:
-        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        folder = pathlib.Path(os.path.expanduser(base)) / "prn_jax" / "xla"
+    several, kind = jax.process_count() > 1, jax.default_backend()
+    if jax.config.jax_compilation_cache_dir is not None or (several and kind == "gpu"):
+        return
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    folder = pathlib.Path(os.path.expanduser(base)) / "prn_jax" / "xla"
+    if several and shared is not None and kind == "tpu":
+        folder = shared / ".xla"
+    else:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError:  # of a container whose user has no home: JAX would warn of each program
             return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Forty small programs, below JAX's limit of a second, are most of a warm start.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Forty small programs, below JAX's limit of a second, are most of a warm start.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -193,14 +202,27 @@ def shard_same(mesh: Mesh, array: np.ndarray) -> jax.Array:
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
-    """Arrays that every process holds -> global arrays, whole on each device."""
+    """Arrays that every process holds -> global arrays, whole on each device.
+
+    Process 0's: what each has computed by itself, another kind of processor may have rounded
+    otherwise, and nothing would bring the devices together again.
+    """
     sharding = NamedSharding(mesh, P())
+    tree = jax.tree.map(np.asarray, tree)
+    if mesh.is_multi_process:
+        tree = multihost_utils.broadcast_one_to_all(tree)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
 
-    def put(x):
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put, tree)
+def varying(tree: Tree) -> Tree:
+    """Inside a mapped function: replicated arrays as each device's own.
+
+    What is differentiated by them is summed over the devices in their type, and not in a smaller
+    one to which they are rounded.
+    """
+    return jax.lax.pcast(tree, "data", to="varying")
 
 
 def gather(array: jax.Array) -> np.ndarray:

@@ -96,7 +96,8 @@ def predict_files(
       How many files were predicted now.
 
     Raises:
-      UserError: Ray is not installed, there is no such checkpoint, or a path is a bucket's.
+      UserError: Ray is not installed, there is no such checkpoint, a path is a bucket's, or
+        `output` holds something else.
     """
     try:
         import ray

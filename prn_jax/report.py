@@ -39,7 +39,7 @@ def write_report(workdir: epath.PathLike, path: epath.PathLike, progress: bool =
 
     Args:
       workdir: `--workdir` of the training (`<category>/results.json` below it) or of the study
-        (`seed_<n>/<category>/results.json`).
+        (`[<variation>,]seed_<n>/<category>/results.json`).
       path: the HTML file.
       progress: show a bar.
 

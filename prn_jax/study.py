@@ -190,7 +190,8 @@ def execute(runs: Sequence[StudyRun], workdir: pathlib.Path, parallel: int) -> l
     """Runs what is unfinished, several at a time; returns what failed.
 
     Each run is a process of its own with its share of the machine's accelerators, and writes its
-    log to `<workdir>/seed_<seed>/<category>.log`. A run that fails does not stop the others.
+    log to `<workdir>/[<variation>,]seed_<seed>/<category>.log`. A run that fails does not stop the
+    others.
 
     Args:
       runs: from `plan`.

@@ -178,8 +178,9 @@ def make_train_step(
     """
 
     def loss_fn(params, batch_stats, frozen, batch):
+        own = params if model.dtype == jnp.float32 else meshes.varying(params)
         learning, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats, **frozen},
+            {"params": own, "batch_stats": batch_stats, **frozen},
             batch["image"],
             method="learning",
             mutable=["batch_stats"],

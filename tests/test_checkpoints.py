@@ -5,6 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import Checkpoints, digest
@@ -40,6 +41,21 @@ def test_what_is_saved_comes_back_and_old_ones_go(tree, tmp_path):
     assert checkpoints.identity(2) == dataclasses.replace(MADE_OF, steps=2)
     assert same(checkpoints.restore_model(), tree)
     checkpoints.close()
+
+
+def test_saving_leaves_the_count_of_steps_to_stop_at_alone(tree, tmp_path, monkeypatch):
+    """JAX remembers the last number that it was asked about: `progress.Termination` asks."""
+    asked = []
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda x: bool(asked.append(x))
+    )
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2):
+        checkpoints.save(step, tree, {"step": tree["b"]}, MADE_OF)
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoints.latest_step() == 2
+    assert asked == []
 
 
 def test_a_network_is_known_again_by_its_arrays_alone(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from prn_jax import mesh, progress
 from prn_jax.errors import UserError
@@ -17,7 +18,13 @@ MEET = """
 from prn_jax import mesh
 mesh.initialize()
 import jax
-print(jax.process_count(), jax.process_index(), mesh.agree(jax.process_index() == 0))
+import numpy as np
+me = jax.process_index()
+# What each has computed by itself: process 0's is everybody's.
+mine = {"maps": np.float32([0.1 + me]), "mask": np.uint8([[255, me]])}
+every = mesh.replicate(mesh.create_mesh(), mine)
+print(*(np.asarray(every[x]).tolist() for x in ("maps", "mask")))
+print(jax.process_count(), me, mesh.agree(me == 0))
 """
 
 
@@ -40,8 +47,9 @@ def test_processes_find_each_other_by_what_the_launcher_sets(launcher):
     job = random.randrange(4096)  # of which the port follows
     processes = [start([sys.executable, "-c", MEET], **launcher(i, job)) for i in range(2)]
     _, outputs, logs = finish(processes)
-    found = [text.splitlines()[-1:] for text in outputs]
-    assert found == [["2 0 True"], ["2 1 True"]], logs
+    found = [text.splitlines()[-2:] for text in outputs]
+    same = "[0.10000000149011612] [[255, 0]]"
+    assert found == [[same, "2 0 True"], [same, "2 1 True"]], logs
 
 
 def test_a_launcher_that_says_too_little_is_one_line():
@@ -150,5 +158,12 @@ def test_who_has_no_place_to_keep_programs_keeps_none(tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         mesh.cache_compilations()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache/prn_jax/xla")
+        # Of several processes one alone writes: there is a place that all of them see, or none.
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        for kind, expected in (("tpu", str(tmp_path / "work/.xla")), ("gpu", None)):
+            jax.config.update("jax_compilation_cache_dir", None)
+            monkeypatch.setattr(jax, "default_backend", lambda kind=kind: kind)
+            mesh.cache_compilations(epath.Path(tmp_path / "work"))
+            assert jax.config.jax_compilation_cache_dir == expected
     finally:
         jax.config.update("jax_compilation_cache_dir", kept)

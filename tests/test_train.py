@@ -131,6 +131,23 @@ def test_the_loss_is_smooth_l1_and_weighed_focal(images, looks, merge):
         np.testing.assert_allclose(found, 0.9 * initial + 0.1 * batch_s, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_gradients_of_a_network_in_bfloat16_are_summed_as_float32(devices):
+    config = small_config(dtype="bfloat16", **{"attention.layers": 1})
+    mesh = meshes.create_mesh(jax.devices()[:devices])
+    model, optimizer = train.create_model(config, 2), train.create_optimizer(config, 4)
+    variables = meshes.replicate(mesh, train.initialise(config, model))
+    state = train.create_state(config, variables, optimizer, mesh)
+    frozen = {name: variables[name] for name in ("backbone", "prototypes") if name in variables}
+    (batch,) = make_batches(config)(0, 1)
+    step = train.make_train_step(config, model, optimizer, mesh)
+    graph = str(step.trace(state, frozen, meshes.shard(mesh, batch)).jaxpr)
+    sums = [line for line in graph.splitlines() if "= psum" in line]
+    assert len(sums) > len(jax.tree.leaves(variables["params"]))
+    assert ":bf16[" in graph
+    assert not [line for line in sums if ":bf16[" in line]
+
+
 def test_decay_is_of_kernels_alone_and_warm_up_of_at_least_a_step_or_none():
     config = small_config(**{"optimizer.weight_decay": 0.5, "optimizer.warmup": 0.0})
     optimizer = train.create_optimizer(config, 4)

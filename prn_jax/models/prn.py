@@ -1,6 +1,7 @@
 """PRN, assembled as the paper's Fig. 3 draws it."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,20 @@ from prn_jax.models.whole import OUTSIDE, RegionOfInterest, WholeImage, describe
 from prn_jax.tiles import Tiling
 
 SCALES = 3  # stages 1 to 3, at strides 4, 8, 16, have prototypes
+
+
+def _exact(method: Callable) -> Callable:
+    """Products and convs of float32 stay that: a TPU would round to bfloat16, a GPU to TF32.
+
+    Those of smaller types are not concerned.
+    """
+
+    @functools.wraps(method)
+    def exact(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return method(*args, **kwargs)
+
+    return exact
 
 
 class PRN(nn.Module):
@@ -54,8 +69,8 @@ class PRN(nn.Module):
       decoder_channels: width of the decoder's levels at strides 4, 8 and 16.
       decoder_stride: of its finest level.
       num_centres: of `WholeImage`.
-      score_distance: how many logits of an image's score a standard deviation of its distance is
-        worth; 0: none.
+      score_distance: how many logits of an image's score a standard deviation of the logarithm of
+        its distance is worth at most, see `whole.exponent`; 0: none.
       trained: False where nothing is trained: the logits come of the distance to the memory alone.
       beside_name: a key of `BACKBONES`: `beside_weight` times the untrained logits of a network
         with that one, of the image as it is, is added to what is trained; "": none.
@@ -190,6 +205,7 @@ class PRN(nn.Module):
     def _merged(self, each: list[Array]) -> Array:
         return functools.reduce(jnp.maximum, each) if self.merge == "max" else sum(each) / len(each)
 
+    @_exact
     def decode(self, stages: tuple[Array, ...], train: bool) -> Float[Array, "b height width"]:
         """Logits of one look's maps, see `_stages`: all that comes after the backbone."""
         stem, *features = stages[: 1 + SCALES]
@@ -254,6 +270,7 @@ class PRN(nn.Module):
         """Entries of a descriptor that are of one kind: colours, then each scale's features."""
         return (3, *self._channels())
 
+    @_exact
     def _stages(self, image: Array, doublings: int) -> tuple[Array, ...]:
         """What enters stage 1, and the stages' maps: strides 2, 4, 8, 16, 32 once resized."""
         spec = BACKBONES[self.backbone_name]
@@ -310,10 +327,13 @@ def _apart(joined: Array, parts: int) -> Array:
 
 
 def compute_dtype(config: ConfigDict) -> Dtype:
-    """The type named by `config.dtype`; `auto` is bfloat16 but on CPU."""
-    if config.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(config.dtype).type
+    """The type named by `config.dtype`; `auto` is bfloat16 where the device computes in it."""
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype).type
+    # NVIDIA's before Ampere would convert around each conv; AMD's have names for a capability.
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    old = capability[:1].isdigit() and float(capability) < 8.0
+    return jnp.float32 if old or jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def create_model(

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 CONFIG = program.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "seed_<n>/<category> and the tables go here.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "[variation,]seed_<n>/<category> and the tables go here."
+)
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of training.")
 CATEGORIES = flags.DEFINE_list("categories", [], "Default: config.category, all that are found.")
 PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time, each with its own devices.", 1)

@@ -51,7 +51,8 @@ def load_textures(
       uint8 [n, height, width, 3].
 
     Raises:
-      UserError: the folder is missing or holds no readable image, or TFDS cannot prepare DTD.
+      UserError: the folder is missing or has no images, one that is taken from it cannot be read,
+        or TFDS cannot prepare DTD.
     """
     if source == "dtd":
         return _from_tfds(size, limit, data_dir)
@@ -81,7 +82,10 @@ def check(config: ConfigDict) -> None:
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """Tells the textures that are there from others, by names and sizes; "" where none are."""
+    """Tells the textures that are there from others, by names and sizes.
+
+    "" where none are, for TFDS's DTD, and where nothing is trained.
+    """
     source = config.synthesis.textures
     folder = pathlib.Path(os.path.expanduser(source))
     if not config.total_steps or source == "dtd" or not folder.is_dir():

@@ -1,4 +1,5 @@
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -353,8 +354,48 @@ def test_bfloat16_computes_but_keeps_variables_and_logits_float32():
     assert 0 < np.abs(rounded - exact).mean() < 0.1 * np.abs(exact).mean()
 
 
-def test_auto_is_float32_on_cpu():
-    assert compute_dtype(default.get_config()) == jnp.float32
+@pytest.mark.parametrize(
+    ("backend", "capability", "expected"),
+    [
+        ("cpu", None, jnp.float32),
+        ("tpu", None, jnp.bfloat16),
+        ("gpu", "7.5", jnp.float32),
+        ("gpu", "8.0", jnp.bfloat16),
+        ("gpu", "12.0", jnp.bfloat16),
+        ("gpu", "gfx90a", jnp.bfloat16),
+    ],
+)
+def test_auto_is_the_type_that_the_device_computes_in(backend, capability, expected, monkeypatch):
+    device = types.SimpleNamespace(**{"compute_capability": capability} if capability else {})
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert compute_dtype(default.get_config()) == expected
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_float32_is_not_rounded_by_the_device(platform):
+    """Each product and conv of a training step, forth and back, asks for it."""
+    tiny.register()
+    model = PRN(backbone_name="tiny", attention_layers=1, divisions=(1, 2), use_stem=True,
+                num_patches=4, window=1, decoder_channels=(8, 8, 8))  # fmt: skip
+    image = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.uint8)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+
+    def loss(params, rest, image):
+        found, _ = model.apply(
+            {"params": params} | rest, image, method="learning", mutable=["batch_stats"]
+        )
+        return jnp.square(found[0]).mean()
+
+    rest = {name: x for name, x in variables.items() if name != "params"}
+    step = jax.jit(jax.vmap(jax.grad(loss), (None, None, 0), axis_name="data"))
+    many = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
+    text = step.trace(variables["params"], rest, many).lower(
+        lowering_platforms=(platform,)
+    ).as_text()  # fmt: skip
+    lines = [x for x in text.splitlines() if "dot_general" in x or "stablehlo.convolution" in x]
+    assert len(lines) > 100
+    assert [x for x in lines if x.count("HIGHEST") != 2] == []  # of both factors
 
 
 def test_every_image_is_predicted_once_whatever_the_batch():
