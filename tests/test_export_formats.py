@@ -176,8 +176,13 @@ def test_it_is_calibrated_on_what_training_sees(trained):
     assert images.dtype == np.uint8
     config = ConfigDict(detector.config)
     normal = input_pipeline.load_category(config, config.category).train.image
+
+    def pixels(image):  # in whatever turn
+        return np.sort(np.int32(image) @ [1 << 16, 1 << 8, 1], axis=None).tobytes()
+
+    known = {pixels(x) for x in normal}
     share = config.sampling.normal / sum(config.sampling.values())
-    assert sum((x == normal).all(axis=(1, 2, 3)).any() for x in images) == round(64 * share)
+    assert sum(pixels(x) in known for x in images) == round(64 * share)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
