@@ -29,7 +29,7 @@ setup(
         "etils[epath]>=1.9",
         "flax>=0.12.0",
         "huggingface-hub>=0.30",
-        "jax>=0.8.2",  # has jax.lax.pcast
+        "jax>=0.9.0",  # has jax.lax.pcast; 0.8.2 and 0.8.3 compile wrongly for some CPUs
         "jaxtyping>=0.3.0",
         "ml-collections>=1.0.0",
         "numpy>=2.0",
@@ -48,9 +48,9 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "cuda12": ["jax[cuda12]>=0.8.2"],
-        "cuda13": ["jax[cuda13]>=0.8.2"],
-        "tpu": ["jax[tpu]>=0.8.2", "google-cloud-storage>=2.10"],
+        "cuda12": ["jax[cuda12]>=0.9.0"],
+        "cuda13": ["jax[cuda13]>=0.9.0"],
+        "tpu": ["jax[tpu]>=0.9.0", "google-cloud-storage>=2.10"],
         "gcs": ["google-cloud-storage>=2.10"],  # Orbax wants it for checkpoints in a bucket
         "demo": ["scikit-image>=0.24"],
         "ray": ["ray[data]>=2.40"],
