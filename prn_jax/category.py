@@ -136,7 +136,8 @@ def _train(
         resumed = checkpoints.latest_step() is not None
 
         def record():
-            trained_on.remember(checkpoints.folder, data.train, data.seen, data.test, resumed)
+            parts = data.train, data.seen, data.test, data.held
+            trained_on.remember(checkpoints.folder, *parts, resumed)
             (folder / "results.json").unlink(missing_ok=True)  # it is of what was before
 
         return training.train(

@@ -40,7 +40,6 @@ _RANGES = (
             "optimizer.weight_decay",
             "patch_map.weight",
             "profile.first_step",
-            "score_distance",
             "synthesis.min_area",
             "synthesis.operations",
             "synthesis.perlin_max_exponent",
@@ -67,6 +66,7 @@ _RANGES = (
     (
         (
             "loss.focal_alpha",
+            "score_distance",  # more would be a power beyond all numbers
             "synthesis.augment_normal",
             "synthesis.augment_seen",
             "synthesis.extended_colour",

@@ -181,6 +181,9 @@ def _divide(
         f"normal images held out {copies} or tested on",
         f"{category}: ",
     )
+    # Each counts in what a threshold promises of new ones.
+    twice = "normal images held out are copies of others of them"
+    held = leave_out(held, copies_within(held), twice, f"{category}: ")
     if len(drawn) and not test.label.any():
         logging.warning(
             "%s: no anomalous images are left to test on: lower num_seen (%d) to keep some",

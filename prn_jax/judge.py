@@ -135,7 +135,8 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
 
     Returns:
       `metrics` as in a training's results; `thresholds` by name (`stored`, `measured`): the figures
-      of `at_thresholds`; `images`: id, defect and score of each. And what draws its sheet.
+      of `at_thresholds`; `chosen_by`: how many of these images the stored ones were chosen by;
+      `images`: id, defect and score of each. And what draws its sheet.
     """
     roi = detector.roi
     inside = slice(None) if roi is None else roi > 0
@@ -152,6 +153,7 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
     label = found.label
     metrics = evaluate.metrics_of(found, maps, scores, roi)
     chosen = {"stored": detector.thresholds}
+    known = trained_on.judged_on(detector.folder) if detector.thresholds else {}
     if (label == 0).any():  # Without normal images nothing but those that were trained on is left.
         chosen["measured"] = thresholds.choose(
             scores,
@@ -169,6 +171,7 @@ def judge(detector: Detector, found: Images, progress: bool = False) -> tuple[Ev
             for name, x in chosen.items()
             if x
         },
+        "chosen_by": sum(x in known for x in found.digests) if known else 0,
         "images": [
             {"id": id_, "defect": defect, "score": float(score)}
             for id_, defect, score in zip(found.id, found.defect, scores)
@@ -271,6 +274,12 @@ def render(evaluation: Evaluation) -> str:
         [name, f"{x['image']:.4f}", f"{x['pixel']:.4f}", *(results.percent(x[y]) for y in shares)]
         for name, x in found.items()
     ])  # fmt: skip
+    if evaluation["chosen_by"]:
+        lines += [
+            "",
+            f"The stored thresholds were chosen by {evaluation['chosen_by']} of these images: "
+            "their row says nothing of new ones.",
+        ]
     defects = sorted({x["defect"] for x in scores} - {layout.GOOD})
     if defects:
         lines += ["", *results.markdown(["recall of", "images", *found], [

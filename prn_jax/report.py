@@ -179,9 +179,13 @@ def _table(runs: Sequence[tuple[str, Run]], with_mean: bool) -> str:
     for (name, run), paper in zip(runs, papers):
         link = f'<a href="#{urllib.parse.quote(name, safe="")}">{html.escape(name)}</a>'
         rows.append(f"<tr><td>{link}</td>{_cells(run['metrics'], paper)}")
-    same = results.paper_mean([run["category"] for _, run in runs], runs[0][1]["dataset"])
+    # Over the categories, as the paper's, however many seeds each has.
+    seeds: dict[str, list] = {}
+    for _, run in runs:
+        seeds.setdefault(run["category"], []).append(run["metrics"])
+    same = results.paper_mean(list(seeds), runs[0][1]["dataset"])
     if with_mean:
-        mean = results.mean([run["metrics"] for _, run in runs])
+        mean = results.mean([results.mean(x) for x in seeds.values()])
         rows.append(f'<tr class="mean"><td>mean</td>{_cells(mean, same)}')
     if with_mean and same:
         rows.append(f"<tr><td>paper, the same</td>{_cells(same, None)}")
@@ -259,6 +263,8 @@ def _histogram(scores: np.ndarray, labels: np.ndarray) -> str:
 def _chart(title: str, lines: list[Line], x_name: str, y_name: str, x_range, y_range) -> str:
     body = _axes(x_name, y_name, x_range, y_range)
     for css, (_, x, y) in zip("ab", lines):
+        if x.max() > x_range[1]:  # the curve goes on to the edge
+            x, y = np.append(x, x_range[1]), np.append(y, np.interp(x_range[1], x, y))
         inside = (x >= x_range[0]) & (x <= x_range[1])
         points = " ".join(
             f"{_LEFT + _WIDTH * (a - x_range[0]) / (x_range[1] - x_range[0]):.1f},"

@@ -276,11 +276,11 @@ def _table(runs: dict[str, dict], dataset: str) -> tuple[list[str], list[list[st
 
 
 def mean(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """The mean of each column over the rows that have it; None where none has."""
+    """The mean of each column over the rows; None where one of them lacks it."""
     means = {}
     for column in COLUMNS:
-        values = [row[column] for row in rows if row.get(column) is not None]
-        means[column] = float(np.mean(values)) if values else None
+        values = [row.get(column) for row in rows]
+        means[column] = float(np.mean(values)) if values and None not in values else None
     return means
 
 

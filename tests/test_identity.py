@@ -126,17 +126,23 @@ def test_what_was_trained_on_is_remembered_and_never_tested_on(tmp_path):
     def known():
         return sorted(trained_on.recall(tmp_path).values())
 
-    trained_on.remember(tmp_path, some(0, 1), some(2), some(3), resumed=False)
+    def remember(*parts, held=(5,), resumed=False):
+        trained_on.remember(tmp_path, *(some(*x) for x in (*parts, held)), resumed=resumed)
+
+    remember((0, 1), (2,), (3,))
     assert known() == ["0", "1", "2"]
+    assert sorted(trained_on.judged_on(tmp_path).values()) == ["3", "5"]
     # A training that left no checkpoint left nothing that was trained on.
-    trained_on.remember(tmp_path, some(0), some(2), some(1, 3), resumed=False)
+    remember((0,), (2,), (1, 3))
     assert known() == ["0", "2"]
-    trained_on.remember(tmp_path, some(4), some(2), some(3), resumed=True)
+    remember((4,), (2,), (3,), resumed=True)
     assert known() == ["0", "2", "4"]
-    with pytest.raises(UserError, match="has had 0 among its images, which would be tested on"):
-        trained_on.remember(tmp_path, some(4), some(2), some(3, 0), resumed=True)
+    assert sorted(trained_on.judged_on(tmp_path).values()) == ["3", "5"]
+    for tested, held in (((3, 0), (5,)), ((3,), (5, 0))):
+        with pytest.raises(UserError, match="has had 0 among its images, which would be tested on"):
+            remember((4,), (2,), tested, held=held, resumed=True)
     # What lies in both folders from the beginning is the user's to know.
-    trained_on.remember(tmp_path, some(0, 4), some(2), some(3, 0), resumed=True)
+    remember((0, 4), (2,), (3, 0), resumed=True)
 
 
 # --- the lock -------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def test_what_was_trained_on_is_left_out(tmp_path, caplog):
     assert judge.leave_out_trained(found, detector).id == ["test/good/0"]
     assert "kept no record" in caplog.text
     # By pixels, whatever they are called.
-    trained_on.remember(tmp_path, found.pick([0]), found.pick([]), found.pick([]), resumed=False)
+    none = [found.pick([])] * 3
+    trained_on.remember(tmp_path, found.pick([0]), *none, resumed=False)
     renamed = Images(found.image, found.mask, found.defect, ["test/good/9", *found.id[1:]])
     assert judge.leave_out_trained(renamed, detector).id == found.id[1:]
     twice = found.pick([0, 1, 2, 1])
@@ -60,6 +61,6 @@ def test_what_was_trained_on_is_left_out(tmp_path, caplog):
     assert "1 of 3 images are copies of others of them and are left out: test/good/copy" in (
         caplog.text
     )
-    trained_on.remember(tmp_path, found, found.pick([]), found.pick([]), resumed=False)
+    trained_on.remember(tmp_path, found, *none, resumed=False)
     with pytest.raises(UserError, match="all these images were trained on"):
         judge.leave_out_trained(found, detector)

@@ -129,6 +129,32 @@ def test_runs_of_different_configurations_have_no_mean(tmp_path):
     assert "2 runs. In percent." in page
 
 
+def test_the_mean_is_over_categories_however_many_seeds_each_has(tmp_path):
+    paper = results.PAPER["mvtec_ad"]
+    runs = [("seed_0/carpet", "carpet"), ("seed_0/pill", "pill"), ("seed_1/pill", "pill")]
+    for name, category in runs:
+        run = make_run((tmp_path / name).parent, category)
+        figures = dict.fromkeys(results.COLUMNS) | paper[category]
+        results.write_run(tmp_path / name, run | {"metrics": figures})
+    report.write_report(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    (row,) = re.findall(r'<tr class="mean">.*?</tr>', page)
+    for column in paper["pill"]:
+        expected = 100 * (paper["carpet"][column] + paper["pill"][column]) / 2
+        assert f"<td>{expected:.1f}<small>+0.0</small></td>" in row or (
+            f"<td>{expected:.1f}<small>-0.0</small></td>" in row
+        )
+
+
+def test_a_curve_goes_on_to_the_edge_of_its_chart():
+    lines = [("pixels", np.array([0.0, 0.1, 0.9]), np.array([0.0, 0.6, 1.0]))]
+    drawn = report._chart("PRO", lines, "rate", "overlap", (0, 0.3), (0, 1))
+    (points,) = re.findall(r'points="(.*?)"', drawn)
+    *_, last = (tuple(map(float, x.split(","))) for x in points.split())
+    assert last[0] == pytest.approx(report._LEFT + report._WIDTH, abs=0.1)
+    assert last[1] == pytest.approx(report._HEIGHT * (1 - 0.7), abs=0.1)
+
+
 def test_training_curves_keep_the_later_of_two_runs(tmp_path):
     for number in range(2):
         with contextlib.closing(metric_writers.SummaryWriter(str(tmp_path))) as writer:

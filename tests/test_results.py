@@ -71,6 +71,16 @@ def test_beside_all_categories_is_the_mean_that_the_paper_states(tmp_path):
     assert "paper, stated mean of 15       99.4       99.0" in text
 
 
+def test_what_a_category_lacks_has_no_mean(tmp_path):
+    results.write_run(tmp_path / "pill", make_run("pill", 0.7))
+    run = make_run("bottle", 0.9)
+    results.write_run(tmp_path / "bottle", run | {"metrics": run["metrics"] | {"pro": None}})
+    results.write_table(tmp_path, "mvtec_ad")
+    mean = json.loads((tmp_path / "results.json").read_text())["mean"]
+    assert mean["pro"] is None
+    assert mean["pixel_ap"] is not None
+
+
 def test_copies_and_tables_beside_runs_are_left_out_of_the_table(tmp_path, caplog):
     results.write_run(tmp_path / "bottle", make_run("bottle", 0.9))
     results.write_run(tmp_path / "bottle_old", make_run("bottle", 0.5))

@@ -186,6 +186,8 @@ def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
     assert at["false_alarms"] == pytest.approx(called[~truth].mean())
     assert at["precision"] == pytest.approx(skmetrics.precision_score(truth, called))
     assert result.stdout == (output / "evaluation.md").read_text()
+    assert found["chosen_by"] == len(test)
+    assert f"thresholds were chosen by {len(test)} of these images: their row" in result.stdout
     with Image.open(output / "evaluation.png") as sheet:
         assert sheet.width > 300
     # Of its own data what was held out.
@@ -195,6 +197,7 @@ def test_a_checkpoint_is_judged_on_other_images(trained, tmp_path):
     found = json.loads((output / "evaluation.json").read_text())
     assert [row["id"] for row in found["images"]] == run["split"]["held"]
     assert found["source"]["split"] == "train"
+    assert found["chosen_by"] == 1
     two = ["--images=day", "--split=train"]
     result = execute("evaluate", f"--checkpoint={trained}", *two, f"--output={output}")
     assert result.returncode == 1

@@ -78,7 +78,6 @@ def raised(scores: Any, distances: Any, exponent: Any) -> Any:
     """
     if exponent is None:
         return scores
-    # So written, a power that is beyond all numbers gives 0 or 1.
     return scores / (scores + (1.0 - scores) * (distances + _NEAR) ** -exponent)
 
 

@@ -357,6 +357,14 @@ def test_copies_of_what_is_tested_on_promise_nothing_twice(cup, load, warnings):
     assert any(f"tested on and are left out: {held[0]}" in x for x in warnings())
 
 
+def test_each_image_is_held_out_once(cup, load, warnings):
+    for number in range(4):  # all normal images are there twice: of what is left, pairs are held
+        shutil.copy(cup / f"train/good/00{number}.png", cup / f"train/good/1{number}.png")
+    held = load(holdout=0.75).held
+    assert len(set(held.digests)) == len(held) > 0
+    assert any("held out are copies of others of them" in x for x in warnings())
+
+
 def test_a_draw_that_leaves_nothing_to_test_on_is_said(load, cup, warnings):
     load(num_seen=3)
     assert not [x for x in warnings() if "left to test on" in x]
