@@ -39,9 +39,9 @@ _JUNK = frozenset(
 PREDICTION = "PRN prediction"  # in the metadata of what a prediction draws, of TIFF as this tag
 DESCRIPTION = TiffTags.lookup(270).value
 _DRAWN = ("_heat.png", "_overlay.png", "_mask.png", "_why.png", ".tiff")  # `tables.Asked.files`
-
 _BITS = (8, 10, 12, 14, 16)  # that cameras have
-_ZEROS, _TRAILER = 512, 2**16  # bytes, see `_is_cut_jpeg`; some cameras write behind the end
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_ZEROS, _TRAILER = 512, 2**16  # bytes, see `_is_cut`; some cameras write behind the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ def read_picture(path: pathlib.Path, erase: bool = False) -> Picture:
         if not data:
             raise ValueError("the file is empty")
         image = Image.open(io.BytesIO(data), formats=_formats())
-        if image.format in ("JPEG", "MPO") and _is_cut_jpeg(data):  # libjpeg makes grey of the rest
+        if image.format in _ENDS and _is_cut(data, _ENDS[image.format]):  # one colour, if decoded
             raise ValueError("it is cut short")
         levels = _levels(data, image, erase)
         about = _pages(image), deep.declared(data, image), deep.is_transparent(image)
@@ -236,10 +236,10 @@ def read_picture(path: pathlib.Path, erase: bool = False) -> Picture:
         ) from error
 
 
-def _is_cut_jpeg(data: bytes) -> bool:
-    """Whether a JPEG file goes over into zeros without its end: a copy that was interrupted."""
+def _is_cut(data: bytes, end: bytes) -> bool:
+    """Whether a file goes over into zeros without its end: a copy that was interrupted."""
     filled = data.rstrip(b"\0")
-    return len(data) - len(filled) >= _ZEROS and b"\xff\xd9" not in filled[-_TRAILER:]
+    return len(data) - len(filled) >= _ZEROS and end not in filled[-_TRAILER:]
 
 
 def is_deep(path: pathlib.Path) -> bool:

@@ -206,12 +206,12 @@ def predict_files(
     if rows:
         logging.info("%d of %d images were done before", len(rows), len(names))
     missing = [path for path in names if path not in rows]
-    if others := len({row["image"] for row in done.values()} - set(map(tables.text, names))):
+    if others := len({path for path, *_ in done} - {os.path.abspath(path) for path in names}):
         logging.warning(
             "%s had rows of %d images that are not among these: its tables lose them, its pictures "
             "stay; give each set of images an --output of its own", shown(output), others,
         )  # fmt: skip
-    files = {(key, row["pictures"]): row.get("files", []) for key, row in done.items()}
+    before = {(key, row["pictures"]): row for key, row in done.items()}
     with_files = bool(asked.pictures or asked.maps or asked.explain)
     if with_files:  # Whose files are overwritten now is done again when it is asked for.
         taken = {names[path] for path in missing}
@@ -239,7 +239,10 @@ def predict_files(
                     one = next(found)
                     name = names[path] if with_files else ""
                     rows[path], mask = tables.make(path, key, one, name, asked)
-                    rows[path]["files"] += files.get((key, name), [])
+                    old = before.get((key, name), {})
+                    rows[path]["files"] += old.get("files", [])
+                    if "nearest" in old:
+                        rows[path]["nearest"] = old["nearest"]
                     seen = _Seen(output / names[path], image, one, mask)
                     jobs.append(pool.submit(_write_files, seen, asked))
                     if asked.explain and asked.alarms(rows[path]):

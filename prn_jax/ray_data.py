@@ -114,7 +114,7 @@ def predict_files(
     if wrong:
         raise UserError(wrong)
     done = _done(output, digest)
-    files = [os.path.abspath(os.path.expanduser(path)) for path in dict.fromkeys(paths)]
+    files = list(dict.fromkeys(os.path.abspath(os.path.expanduser(path)) for path in paths))
     missing = [path for path in files if (path, *_state(path)) not in done]
     if len(missing) < len(files):
         logging.info("%d of %d images were done before", len(files) - len(missing), len(files))

@@ -69,7 +69,11 @@ def join(output: str | os.PathLike, count: int) -> str:
             "again to join"
         )
     output = pathlib.Path(os.path.expanduser(output))
-    rows = [row for x in folders for row in json.loads((x / "predictions.json").read_text())]
+    rows = []
+    for part in folders:
+        for row in json.loads((part / "predictions.json").read_text()):
+            name = row.get("pictures") and f"{part.name}/{row['pictures']}"
+            rows.append(row | {"pictures": name or ""})
     rows.sort(key=lambda row: row["image"])
     disk.write_file(output / "predictions.json", json.dumps(rows, indent=2) + "\n")
     disk.write_file(output / "predictions.csv", tables.as_csv(rows))

@@ -13,6 +13,7 @@ from prn_jax.predict import Inspection
 from prn_jax.tables import Asked
 
 _State = tuple[int, int, int]
+_REMEMBERED = 100_000  # images of folders that are away; most of them were tidied up
 
 
 def new_images(
@@ -25,9 +26,9 @@ def new_images(
     """Yields image files that come from now on, and again those that are written anew. Never ends.
 
     A file is complete when it is not empty and neither its size nor its times of change became
-    different from one look to the next. While the folder, or one in it, is away or cannot be read,
-    which is said, nothing comes from there, and nothing is forgotten. The pictures of a prediction
-    are no images.
+    different from one look to the next. While the folder is away, or it or one in it cannot be
+    read, which is said, nothing comes from there. What was yielded is not forgotten then, nor while
+    a folder in it is away. The pictures of a prediction are no images.
 
     Args:
       folder: searched recursively; may be absent and come later.
@@ -60,11 +61,11 @@ def _arrivals(folder, done, every, sleep):
                 if not images.is_prediction(path):
                     yield path
         if now:  # else the folder may be away
-            done = {
-                path: state
-                for path, state in done.items()
-                if path in now or any(path.is_relative_to(x) for x in closed)
-            }
+            there = {path.parent for path in now}
+            away = [path for path in done if path.parent not in there]  # so may be one in it
+            gone = {path for path in done if path.parent in there and path not in now}
+            for path in gone.union(away[:-_REMEMBERED]):
+                del done[path]
         seen = now
         sleep(every)
 

@@ -6,6 +6,7 @@ import tensorflow as tf
 import tifffile
 from absl import logging as absl_logging
 from PIL import Image
+from scipy import ndimage
 
 from prn_jax import images
 from prn_jax.errors import UserError
@@ -91,6 +92,24 @@ def test_truncated_files_are_named(tmp_path, name, cut):
     with pytest.raises(UserError, match=f"{path}: not a readable image") as error:
         images.read_image(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("levels", [(300, 400), (300, 400, 3)])
+def test_a_copy_whose_end_has_not_come_is_no_image(tmp_path, suffix, share, levels):
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"a.{suffix}"
+    smooth = ndimage.gaussian_filter(rng.integers(0, 256, levels), (3, 3, 0)[: len(levels)])
+    Image.fromarray(np.uint8(smooth)).save(path)
+    whole = path.read_bytes()
+    images.read_array(path)
+    kept = int(share * len(whole))
+    path.write_bytes(whole[:kept] + bytes(len(whole) - kept))  # its length is there already
+    with pytest.raises(UserError, match=f"a.{suffix}: not a readable image"):
+        images.read_array(path)
+    path.write_bytes(whole + bytes(4096))  # as some cameras fill a block
+    images.read_array(path)
 
 
 def test_what_is_no_image_is_named(tmp_path):

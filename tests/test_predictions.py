@@ -159,12 +159,18 @@ def test_of_a_product_s_folder_masks_and_region_are_no_images(tmp_path, caplog):
     assert list(predictions.find([str(tmp_path / "raw/bolt/roi.png")]))  # as it is named
 
 
-def test_rows_that_leave_the_tables_are_said(folder, tmp_path, caplog):
+def test_rows_that_leave_the_tables_are_said(folder, tmp_path, caplog, monkeypatch):
     predict(folder, tmp_path / "out", Stub())
     assert "had rows of" not in caplog.text
     rows = predict(folder / "3.png", tmp_path / "out", Stub())
     assert len(rows) == 1
     assert "had rows of 9 images that are not among these" in caplog.text
+    predict(folder, tmp_path / "all", Stub())
+    caplog.clear()
+    monkeypatch.chdir(folder)
+    predict(".", tmp_path / "all", again := Stub())  # as it is called from here
+    assert again.calls == 0
+    assert "had rows of" not in caplog.text
 
 
 def test_an_output_that_cannot_be_written_is_one_line(folder, tmp_path):
@@ -212,6 +218,10 @@ def test_an_alarm_is_explained_by_the_normal_image_most_like_it(folder, tmp_path
     # What is an alarm only now is explained now.
     rows = predict(folder, output, stub, **asked | {"threshold": 0.35})
     assert [row["nearest"] for row in rows][3:5] == ["", "grey"]
+    # A call that asks for something else in between loses nothing of it.
+    predict(folder, tmp_path / "out", Stub(), maps="tiff", threshold=0.35)
+    again = predict(folder, tmp_path / "out", Stub(), **asked | {"threshold": 0.35})
+    assert [row["nearest"] for row in again] == [row["nearest"] for row in rows]
     assert stub.calls == 11
     with pytest.raises(UserError, match=r"normals.npz is missing or damaged"):
         explain.read(tmp_path / "elsewhere")

@@ -79,5 +79,7 @@ def test_parts_together_are_the_whole(tmp_path):
         said = shards.join(tmp_path / "out", 16)
     assert "16 parts" in said
     joined = json.loads((tmp_path / "out/predictions.json").read_text())
+    for row in joined:
+        assert (tmp_path / "out" / f"{row['pictures']}_overlay.png").exists()
     whole = predict(tmp_path / "in", tmp_path / "whole", Stub())
     assert {x["image"]: x["score"] for x in joined} == {x["image"]: x["score"] for x in whole}

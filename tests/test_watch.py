@@ -195,6 +195,32 @@ def test_a_folder_that_is_away_for_a_while_is_waited_for(tmp_path, caplog):
     assert "the folder is back" in caplog.text
 
 
+def test_a_folder_in_it_that_was_away_brings_nothing_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "_REMEMBERED", 2)
+    for name in ("line_1", "line_2"):
+        (tmp_path / name).mkdir()
+    for path in ("line_1/a.png", "line_2/b.png"):
+        picture(tmp_path / path)
+    away = tmp_path.parent / f"{tmp_path.name}_away"
+    found = watched(
+        tmp_path,
+        nothing,
+        lambda: (tmp_path / "line_1").rename(away),
+        nothing,
+        lambda: away.rename(tmp_path / "line_1"),
+        lambda: picture(tmp_path / "line_1/c.png"),
+        nothing,
+        lambda: (tmp_path / "line_1").rename(away),  # of more than two images, one is forgotten
+        lambda: picture(tmp_path / "line_1_more.png"),
+        lambda: picture(away / "d.png"),
+        lambda: away.rename(tmp_path / "line_1"),
+        nothing,
+        existing=True,
+    )
+    assert found[:3] == [("a.png", 1), ("b.png", 1), ("c.png", 6)]
+    assert sorted(found[3:]) == [("d.png", 11), ("line_1_more.png", 9)]
+
+
 @pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), UserError("denied")])
 def test_a_share_that_hiccups_ends_nothing(tmp_path, monkeypatch, caplog, error):
     picture(tmp_path / "old.png")
