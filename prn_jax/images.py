@@ -271,7 +271,7 @@ def read_image(path: pathlib.Path, white: int = 0) -> tuple[bytes, tuple[int, in
 
 def encode(picture: Picture, white: int = 0) -> bytes:
     """Returns what a record keeps of a picture: see `read_image`."""
-    return picture.data if picture.is_plain else encode_png(_rgb(to_uint8(picture.levels, white)))
+    return picture.data if picture.is_plain else encode_png(to_uint8(picture.levels, white))
 
 
 def read_array(path: pathlib.Path, white: int = 0) -> np.ndarray:

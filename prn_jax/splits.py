@@ -145,11 +145,11 @@ def read_split(builder: "AnomalyBuilder", split: str, size: tuple[int, int]) -> 
 
     def read(number, record):
         image[number] = images.resize(images.decode(record["image"]), size)
-        large = np.asarray(Image.open(io.BytesIO(record["mask"])))
+        large = _mask(record["mask"])
         if large.any():  # what nothing is written to takes no memory
             mask[number] = resize_mask(large, size)
             if not mask[number].any():
-                vanished.append((record["id"].decode(), large))
+                vanished.append((record["id"].decode(), record["mask"]))
         if not record["has_mask"]:
             lacking.append(record["id"].decode())
         return record["defect"].decode(), record["id"].decode()
@@ -180,7 +180,8 @@ def _over_records(builder, split, read):
             ).as_numpy_iterator()
         )
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            while some := list(itertools.islice(records, 64)):  # encoded images held at a time
+            at_a_time = 2 * os.cpu_count()  # encoded images are held, whatever their size
+            while some := list(itertools.islice(records, at_a_time)):
                 found.extend(pool.map(lambda numbered: read(*numbered), some))
     except tf.errors.OpError as error:
         raise UserError(
@@ -190,15 +191,17 @@ def _over_records(builder, split, read):
     return found
 
 
-def _say_vanished(
-    category: str, vanished: list[tuple[str, np.ndarray]], size: tuple[int, int]
-) -> None:
+def _mask(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def _say_vanished(category: str, vanished: list[tuple[str, bytes]], size: tuple[int, int]) -> None:
     """Warns of masks of which nothing is left at `size`, and says which size keeps them."""
     if not vanished:
         return
     factor = 2
     while not all(
-        resize_mask(mask, (size[0] * factor, size[1] * factor)).any() for _, mask in vanished
+        resize_mask(_mask(x), (size[0] * factor, size[1] * factor)).any() for _, x in vanished
     ):
         factor += 1
     height, width = (x * factor for x in size)

@@ -20,7 +20,8 @@ import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -30,7 +31,7 @@ from etils import epath
 from prn_jax import images
 from prn_jax.datasets import raw, records, roi
 from prn_jax.datasets.layout import GOOD, INVERTED, Example, read_mask, seems_inverted
-from prn_jax.errors import UserError, first_line, is_plain, shown
+from prn_jax.errors import UserError, as_os_errors, first_line, is_plain, shown
 from prn_jax.identity import lock
 
 # Raised when an image or a mask comes out otherwise than before: TFRecords are then made anew where
@@ -249,15 +250,16 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     builder.info.metadata.update(
                         category=category, source=os.path.abspath(source), reading=_READING
                     )
-                    builder._write(manual_dir)
-                except (OSError, RuntimeError) as error:  # TFDS wraps TensorFlow's own
+                    with as_os_errors():  # TFDS wraps some of TensorFlow's own
+                        builder._write(manual_dir)
+                except (OSError, RuntimeError) as error:
                     failure = first_line(error)
                 # What is there counts: where nothing can be locked, another may have been faster.
                 builder = cls.open(category, manual_dir, data_dir)
                 if not builder._is_of(current):
-                    raise UserError(
-                        f"cannot write {shown(builder.data_dir)} (data.data_dir): {failure}"
-                    )
+                    changed = f"{shown(source)} changed while it was read: run it again at rest"
+                    cannot = f"cannot write {shown(builder.data_dir)} (data.data_dir): {failure}"
+                    raise UserError(cannot if failure else changed)
         return builder
 
     def _is_of(self, fingerprint: str) -> bool:
@@ -366,9 +368,11 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )  # fmt: skip
         return white
 
-    def _generate_examples(self, examples: Iterable[Example]) -> Iterator[tuple[str, dict]]:
+    def _generate_examples(self, examples: Sequence[Example]) -> Iterator[tuple[int, dict]]:
         wrong = []
-        for example in examples:
+        # TFDS sorts by them, in parts of equal ranges, each of which is in memory at a time.
+        keys = range(0, 2**128, 2**128 // len(examples))
+        for key, example in zip(keys, examples):
             try:
                 picture = images.read_picture(example.image)
                 size = picture.levels.shape[:2]
@@ -396,14 +400,14 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if seems_inverted(mask):
                 self._report[INVERTED].append(example.mask)
             data = images.encode(picture, self._white)
-            yield self._record(example.id, example.split, defect, data, mask)
+            yield key, self._record(example.id, example.split, defect, data, mask)
         raw.refuse(wrong)
 
     def _record(
         self, id_: str, split: str, defect: str, image: bytes, mask: np.ndarray
-    ) -> tuple[str, dict]:
+    ) -> dict[str, Any]:
         self._written[split, defect] += 1
-        return id_, {
+        return {
             "image": io.BytesIO(image),
             "mask": io.BytesIO(images.encode_png(mask)),
             "has_mask": defect == GOOD or bool(mask.any()),

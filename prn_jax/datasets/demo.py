@@ -236,4 +236,4 @@ class Demo(base.AnomalyBuilder, skip_registration=True):
                 mask = np.zeros_like(image)
                 if kind != base.GOOD:
                     image, mask = add_defect(image, kind, rng)
-                yield self._record(id_, split, kind, images.encode_png(image), mask)
+                yield id_, self._record(id_, split, kind, images.encode_png(image), mask)

@@ -195,12 +195,18 @@ def scan_folders(
         # An image there belongs to no defect.
         stray.extend(out_of_place(folder / part, [path.name for path in own.values()]))
     listed = {
-        name: [
-            list_images(own.get(name, folder / part / name), stray) for part, own in folders.items()
-        ]
+        name: [list_images(own[name], stray) if name in own else {} for own in folders.values()]
         for name in sorted({name for own in folders.values() for name in own})
     }
+    others = {x.rsplit("/", 1)[-1] for name in listed for x in listed[name][0]
+              if not _MASK_FOLDER.match(name)}  # fmt: skip
     for name, (found, masks) in listed.items():
+        plain = {_MASK_WORD.sub("", x.rsplit("/", 1)[-1]) for x in found}
+        if found and not masks and _MASK_FOLDER.match(name) and plain <= others:
+            raise UserError(
+                f"{shown(folder / 'test' / name)}: is this a folder of masks? They lie in "
+                f"{shown(folder / parts[2])}; if it is a defect, call it otherwise"
+            )
         _check_names(folder, name, normal, found, masks, suffixes)
         free = {x.lower(): x for x, (images_, own) in listed.items() if images_ and not own}
         alike = difflib.get_close_matches(name.lower(), free.keys() - {normal}, n=1)
@@ -241,8 +247,9 @@ def check_normal(found: dict[str, pathlib.Path]) -> None:
     Raises:
       UserError: naming it.
     """
+    named = _by_name(found)
     for stem, image in found.items():
-        if (plain := _image_of(stem, found)) is not None:
+        if (plain := _image_of(stem, found, named)) is not None:
             raise UserError(
                 f"{shown(image)}: is this the mask of {shown(found[plain])}? Normal images need "
                 "none, and it would be taken for one of them; remove it"
@@ -308,9 +315,10 @@ def _check_names(
             f"{shown(path)}: is this the folder of normal images? Nothing is marked in its images, "
             f"and defects are not called so; rename it {shown(folder / 'test' / normal)}"
         )
+    named = _by_name(found)
     for stem, image in found.items():
         has_mask = any(stem + suffix in masks for suffix in suffixes)
-        if not has_mask and (plain := _image_of(stem, found)) is not None:
+        if not has_mask and (plain := _image_of(stem, found, named)) is not None:
             mask = folder / "ground_truth" / name / f"{plain}{suffixes[0]}{image.suffix}"
             raise UserError(
                 f"{shown(image)}: is this the mask of {shown(found[plain])}? "
@@ -318,7 +326,15 @@ def _check_names(
             )
 
 
-def _image_of(stem: str, found: dict[str, pathlib.Path]) -> str | None:
+def _by_name(found: Iterable[str]) -> dict[str, list[str]]:
+    """Stems by their last part: the name, without the folders that it lies in."""
+    named: dict[str, list[str]] = {}
+    for stem in found:
+        named.setdefault(stem.rpartition("/")[2], []).append(stem)
+    return named
+
+
+def _image_of(stem: str, found: dict[str, pathlib.Path], named: dict[str, list[str]]) -> str | None:
     """The image whose mask, by its name, is among the images; None where it is no mask."""
     above, _, last = stem.rpartition("/")
     plain = _MASK_WORD.sub("", last)
@@ -328,8 +344,8 @@ def _image_of(stem: str, found: dict[str, pathlib.Path]) -> str | None:
     beside, _, folder = above.rpartition("/")
     if not _MASK_FOLDER.match(folder):
         return None
-    for other in found:  # beside the folder of masks, or in another folder beside it
-        place, _, name = other.rpartition("/")
-        if name == plain and place != above and beside in (place, place.rpartition("/")[0]):
+    for other in named.get(plain, ()):  # beside the folder of masks, or in another beside it
+        place = other.rpartition("/")[0]
+        if place != above and beside in (place, place.rpartition("/")[0]):
             return other
     return None

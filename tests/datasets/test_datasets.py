@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow_datasets.core import shuffle
 
 from prn_jax import datasets, splits
 from prn_jax.datasets import base
@@ -342,6 +343,46 @@ def test_an_unwritable_data_dir_is_named(tmp_path):
         datasets.prepare(
             "mvtec_ad", "bottle", manual_dir=tmp_path / "raw", data_dir=tmp_path / "file"
         )
+
+
+def test_a_disk_that_is_full_in_tensorflow_is_one_line(tmp_path, monkeypatch, prepare):
+    trees.make_mvtec(tmp_path / "raw")
+
+    def write(self, manual_dir):
+        raise tf.errors.ResourceExhaustedError(None, None, "bucket.tmp; No space left on device")
+
+    monkeypatch.setattr(datasets.BUILDERS["mvtec_ad"], "_write", write)
+    with pytest.raises(UserError, match=r"cannot write .*data_dir\): .*No space left on device"):
+        prepare("mvtec_ad", "bottle")
+
+
+def test_files_that_come_while_others_are_read_are_said(tmp_path, monkeypatch, prepare):
+    trees.make_mvtec(tmp_path / "raw")
+    builder = datasets.BUILDERS["mvtec_ad"]
+    write = builder._write
+
+    def write_later(self, manual_dir):
+        trees.save(tmp_path / "raw/bottle/train/good/later.png", trees.draw(0))
+        write(self, manual_dir)
+
+    monkeypatch.setattr(builder, "_write", write_later)
+    with pytest.raises(UserError, match=r"raw/bottle changed while it was read: run it again"):
+        prepare("mvtec_ad", "bottle")
+
+
+def test_large_sets_are_sorted_part_by_part(tmp_path, monkeypatch, prepare):
+    """TFDS holds a part of the records at a time: what has one key's neighbourhood is one part."""
+    written = trees.make_mvtec(tmp_path / "raw", train=30)
+    parts, number_of = set(), shuffle.get_bucket_number
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 0)
+    monkeypatch.setattr(
+        shuffle, "get_bucket_number", lambda *x, **y: parts.add(number_of(*x, **y)) or max(parts)
+    )
+    builder = prepare("mvtec_ad", "bottle")
+    assert len(parts) >= 30
+    for split in ("train", "test"):
+        ids = [record["id"].decode() for record in _read(builder, split)]
+        assert ids == sorted(x for x in written if x.startswith(split))
 
 
 def test_losing_a_race_uses_the_winners_records(tmp_path, monkeypatch, prepare):

@@ -220,7 +220,7 @@ def _read(root: bytes) -> list[dict]:
         builder._start_report(stray)
         builder._region = None
         builder._white = builder._find_white(examples)
-        return [(x.split, *record) for x in examples for record in builder._generate_examples([x])]
+        return [(x.split, made) for x in examples for _, made in builder._generate_examples([x])]
 
 
 @settings(
@@ -253,10 +253,10 @@ def test_any_tree_is_read_whole_or_refused_in_a_line(data):
                 assert blamed
                 assert any(_is_wrong(x, before) for x in blamed), text
         else:
-            ids = [id_ for _, id_, _ in records]
+            ids = [record["id"] for _, record in records]
             assert len(set(ids)) == len(ids)
             assert collections.Counter(split for split, *_ in records) == _expected(root)
-            for _, _, record in records:
+            for _, record in records:
                 assert images.decode(record["image"].getvalue()).shape[-1] == 3
             _COUNTS["read"] += 1
         assert _listing(root) == before

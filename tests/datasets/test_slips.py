@@ -236,6 +236,27 @@ def test_a_folder_of_masks_of_another_name_is_asked_about(config, cup, name):
         load(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "mask"), [("masks", "000"), ("ground_truth", "dent/000_mask"), ("labels", "001_gt")]
+)
+def test_a_folder_of_masks_among_the_defects_is_asked_about(config, cup, name, mask):
+    shutil.rmtree(cup / "ground_truth")
+    trees.save(cup / "test" / name / f"{mask}.png", trees.draw_mask(0))
+    with pytest.raises(UserError, match=f"test/{name}: is this a folder of masks.* in .*/ground_"):
+        load(config)
+    # A defect of a label, with images of its own.
+    (cup / "test" / name).rename(cup / "elsewhere")
+    trees.save(cup / "test/label/torn.png", trees.draw(90))
+    assert "test/label/torn" in load(config).test.id
+
+
+def test_a_link_to_a_defect_with_masks_of_its_own_is_read_once(config, cup, said):
+    (cup / "test/crack").symlink_to("dent")
+    shutil.copytree(cup / "ground_truth/dent", cup / "ground_truth/crack")
+    with pytest.raises(UserError, match="ground_truth/crack/000_mask.png: a mask without an im"):
+        load(config)
+
+
 def test_what_a_prediction_drew_is_no_image_of_the_product(config, cup, said):
     for ending in ("heat", "mask"):
         for place in ("train/good", "test/dent"):
