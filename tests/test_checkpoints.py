@@ -30,7 +30,8 @@ def test_what_is_saved_comes_back_and_old_ones_go(tree, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest_step() is None
     for step in (1, 2, 3):
-        checkpoints.save(step, tree, {"step": tree["b"]}, dataclasses.replace(MADE_OF, steps=step))
+        now = tree | {"b": tree["b"] + (3 - step)}
+        checkpoints.save(step, now, {"step": tree["b"]}, dataclasses.replace(MADE_OF, steps=step))
         checkpoints.wait()
     assert checkpoints.latest_step() == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
@@ -40,6 +41,11 @@ def test_what_is_saved_comes_back_and_old_ones_go(tree, tmp_path):
     assert checkpoints.identity() == dataclasses.replace(MADE_OF, steps=3)
     assert checkpoints.identity(2) == dataclasses.replace(MADE_OF, steps=2)
     assert same(checkpoints.restore_model(), tree)
+    for before in (
+        checkpoints.restore_model(2),
+        checkpoints.restore(tree, {"step": tree["b"]}, step=2)[0],
+    ):
+        assert same(before, tree | {"b": tree["b"] + 1})
     checkpoints.close()
 
 

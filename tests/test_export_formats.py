@@ -19,6 +19,7 @@ from prn_jax import mesh as meshes
 from prn_jax.errors import UserError
 from prn_jax.export import calibration, check
 from prn_jax.models.prn import create_model
+from prn_jax.programs import export as programs_export
 from prn_jax.splits import Images
 from tests import tiny
 from tests.trees import draw, save
@@ -166,6 +167,23 @@ def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="differs from the checkpoint by 0.01"):
         export.export(prn_jax.load(trained), "stablehlo", tmp_path / "made", files)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_golden_set_says_what_each_image_is(tmp_path):
+    maps = np.random.default_rng(0).random((3, 4, 5), np.float32)
+    made = check.Results(maps, np.array([0.8, 0.2, 0.5]), np.array([1.0, 3.0, 2.0]), 1.0, 1.0)
+    files = [images.encode_png(np.full((4, 5, 3), 9 * i, np.uint8)) for i in range(3)]
+    check.write_golden(tmp_path / "golden", files, made, {"score": 0.5, "distance": 2.0})
+    rows = json.loads((tmp_path / "golden/expected.json").read_text())["images"]
+    assert [x["verdict"] for x in rows] == ["normal", "anomalous", "anomalous"]
+    assert [x["unfamiliar"] for x in rows] == ["yes", "yes", "no"]
+    for row, number in zip(rows, (1, 2, 0), strict=True):
+        np.testing.assert_array_equal(np.load(tmp_path / "golden" / row["map"]), maps[number])
+        assert (images.read_array(tmp_path / "golden" / row["image"]) == 9 * number).all()
+
+
+def test_the_size_of_a_camera_is_height_and_width():
+    assert programs_export._size(["90", "120"]) == (90, 120)
 
 
 @pytest.mark.slow

@@ -16,13 +16,14 @@ from prn_jax.errors import UserError
 def detector(monkeypatch):
     """One without a network: a pixel's value is the mean of its channels."""
 
-    def means(model, variables, images, mesh, **_):
+    def means(model, variables, images, mesh, score_pixels, **_):
+        assert score_pixels == 7
         maps = images.mean(-1, dtype=np.float32) / 255
         return maps, maps.mean(axis=(1, 2)), maps.max(axis=(1, 2))
 
     monkeypatch.setattr(evaluate, "predict", means)
     config = default.get_config()
-    config.image_size = (32, 32)
+    config.image_size, config.score_pixels = (32, 32), 7
     return predict.Detector(None, None, config, 1, None, None, white_level=4095)
 
 

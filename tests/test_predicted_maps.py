@@ -56,6 +56,8 @@ def test_masks_and_regions_are_cut_at_the_pixel_threshold(tmp_path):
     assert stub.calls == 4
     predict(tmp_path / "in", output, stub, pixel_threshold=0.5, min_area=9, threshold=0.1)
     assert stub.calls == 4
+    (a, _) = predict(tmp_path / "in", output, stub, pixel_threshold=0.95, min_area=9)
+    assert (a["regions"], stub.calls) == ([], 6)
 
 
 def test_maps_lie_where_the_benchmarks_own_evaluation_reads_them(tmp_path):

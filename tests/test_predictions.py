@@ -74,6 +74,13 @@ def test_a_camera_without_a_clock_repeats_no_verdict(folder, tmp_path):
     assert (row["verdict"], again.calls) == ("anomalous", 1)
 
 
+def test_levels_are_read_by_the_white_of_the_training(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full((5, 4), 1000, np.uint16)).save(tmp_path / "in/a.png")
+    (row,) = predict(tmp_path / "in", tmp_path / "out", Stub(white_level=4095))
+    assert row["score"] == pytest.approx(1000 / 4095, abs=1 / 255)  # by a guess near 1
+
+
 def test_a_table_names_files_as_they_are_named_now(folder, tmp_path, monkeypatch):
     predict(folder, tmp_path / "out", Stub())
     monkeypatch.chdir(folder)

@@ -121,6 +121,7 @@ def test_runs_of_different_configurations_have_no_mean(tmp_path):
     report.write_report(tmp_path, tmp_path / "report.html")
     assert ">mean</td>" in (page := (tmp_path / "report.html").read_text())
     assert "2 runs: resnet18, 3 attention layers, 40x56 pixels." in page
+    assert "<td>90.0<small>-10.0</small></td>" in page  # bottle's image AUROC, the paper's is 100
     runs["pill"]["config"] |= {"fusion": {"enabled": False}, "image_size": [56, 56], "seed": 1}
     results.write_run(tmp_path / "pill", runs["pill"])
     report.write_report(tmp_path, tmp_path / "report.html")

@@ -155,12 +155,17 @@ def test_another_judgement_counts_the_same_pixels(monkeypatch):
     maps = masks * roi + np.float32(0.1)
     maps[2, 10:15, 3:8] = 0.9
     config = default.get_config()
-    config.category = "bolt"
+    config.category, config.score_pixels = "bolt", 7
     detector = types.SimpleNamespace(
         roi=roi, model=None, variables=None, mesh=None, config=config, thresholds=None, step=1
     )
     scores = maps.max(axis=(1, 2))
-    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: (maps, scores, None))
+
+    def predicted(*_, score_pixels, **__):
+        assert score_pixels == 7
+        return maps, scores, None
+
+    monkeypatch.setattr(evaluate, "predict", predicted)
     found = splits.Images(
         np.zeros((3, 20, 30, 3), np.uint8), masks, ["good", "cut", "cut"], ["a", "b", "c"]
     )

@@ -29,6 +29,13 @@ def make_plan(workdir):
     return study.plan(config, CATEGORIES, SEEDS, workdir, ["--config=configs/mvtec.py"])
 
 
+def test_a_run_of_a_study_may_go_on_with_a_change(tmp_path):
+    config = checked(make_plan(tmp_path)[0].config)
+    runs = study.plan(config, CATEGORIES, SEEDS, tmp_path, [], allow_config_change=True)
+    assert all(x.allow_config_change and "--allow_config_change" in x.command for x in runs)
+    assert not any("--allow_config_change" in x.command for x in make_plan(tmp_path))
+
+
 def finish(run, value):
     found = {
         "category": run.category,

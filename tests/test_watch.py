@@ -149,6 +149,11 @@ def test_a_verdict_is_json_and_an_unreadable_file_an_error(tmp_path):
     assert found["unfamiliar"] == "no"
     assert [x["area"] for x in found["regions"]] == [1]
     assert watch.verdict(inspect, tmp_path / "a.png", Asked())["verdict"] == ""
+    # From its threshold on, so at it as well.
+    at = watch.verdict(inspect, tmp_path / "a.png", Asked(1.0, 1.0, 7.0))
+    assert (at["verdict"], at["unfamiliar"]) == ("anomalous", "yes")
+    assert [x["area"] for x in at["regions"]] == [1]
+    assert Asked(threshold=1.0).alarms({"score": 1.0, "distance": 0.0})
     (tmp_path / "b.png").write_bytes(b"no image")
     assert "b.png" in watch.verdict(inspect, tmp_path / "b.png", Asked(0.5))["error"]
     with pytest.raises(UserError):
