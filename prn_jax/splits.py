@@ -1,12 +1,9 @@
 """The images of one split of a category: read, resized, and which of their pixels can be judged."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import io
-import itertools
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +15,7 @@ from prn_jax import disk, images
 from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.masks import resize_mask
 from prn_jax.metrics import judgeable
+from prn_jax.parallel import several_at_a_time
 
 if TYPE_CHECKING:
     from prn_jax.datasets.base import AnomalyBuilder
@@ -169,7 +167,6 @@ def _over_records(builder, split, read):
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    found = []
     try:
         records = enumerate(
             builder.as_dataset(
@@ -179,16 +176,12 @@ def _over_records(builder, split, read):
                 decoders={x: tfds.decode.SkipDecoding() for x in ("image", "mask")},
             ).as_numpy_iterator()
         )
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            at_a_time = 2 * os.cpu_count()  # encoded images are held, whatever their size
-            while some := list(itertools.islice(records, at_a_time)):
-                found.extend(pool.map(lambda numbered: read(*numbered), some))
+        return list(several_at_a_time(lambda numbered: read(*numbered), records))
     except tf.errors.OpError as error:
         raise UserError(
             f"the TFRecords in {shown(builder.data_dir)} cannot be read ({error.message}): where "
             "they are damaged, remove that folder, and they are made anew of the raw files"
         ) from error
-    return found
 
 
 def _mask(data: bytes) -> np.ndarray:

@@ -33,6 +33,7 @@ from prn_jax.datasets import raw, records, roi
 from prn_jax.datasets.layout import GOOD, INVERTED, Example, read_mask, seems_inverted
 from prn_jax.errors import UserError, as_os_errors, first_line, is_plain, shown
 from prn_jax.identity import lock
+from prn_jax.parallel import several_at_a_time
 
 # Raised when an image or a mask comes out otherwise than before: TFRecords are then made anew where
 # the raw files are there.
@@ -340,7 +341,7 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._region = roi.read(source)
         if self._region is not None:
             self.info.metadata["roi"] = roi.to_text(self._region)
-        self._white = self._find_white(examples)
+        self._white = raw.find_white(self._title, examples)
         self.info.metadata["white_level"] = self._white
         return {
             split: self._generate_examples(chosen)
@@ -348,39 +349,17 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if (chosen := [example for example in examples if example.split == split])
         }
 
-    def _find_white(self, examples: list[Example]) -> int:
-        """The white of the camera that took the 16-bit files, over normal images; 0 without any."""
-        deep = [x for x in examples if images.is_deep(x.image)]
-        normal = [x for x in deep if x.split == "train" and x.defect in (GOOD, None)]
-        highest = 0
-        for example in normal or deep:
-            with contextlib.suppress(UserError):  # refused with all others
-                picture = images.read_picture(example.image)
-                highest = max(highest, picture.declared, int(picture.levels.max(initial=0)))
-        if not deep:
-            return 0
-        white = images.white_level(highest)
-        logging.info(
-            "%s: %d images of more than 8 bits become 8-bit, level %d being white (the highest "
-            "that is declared or found in %d %s images is %d)",
-            self._title, len(deep), white, len(normal or deep), "normal" if normal else "such",
-            highest,
-        )  # fmt: skip
-        return white
-
     def _generate_examples(self, examples: Sequence[Example]) -> Iterator[tuple[int, dict]]:
         wrong = []
         # TFDS sorts by them, in parts of equal ranges, each of which is in memory at a time.
         keys = range(0, 2**128, 2**128 // len(examples))
-        for key, example in zip(keys, examples):
-            try:
-                picture = images.read_picture(example.image)
-                size = picture.levels.shape[:2]
-                mask = read_mask(example, size)
-            except UserError as error:
-                wrong.append((example.image, str(error)))
+        found = several_at_a_time(self._look, examples)
+        for key, example, (picture, mask, data) in zip(keys, examples, found):
+            if picture is None:
+                wrong.append((example.image, data))
             if wrong:  # the rest is only looked at
                 continue
+            size = mask.shape
             if picture.pages > 1:
                 self._report["several images in a file, the first is read"].append(example.image)
             if picture.transparent:
@@ -399,9 +378,17 @@ class AnomalyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 self._report["empty masks of defective images"].append(example.mask)
             if seems_inverted(mask):
                 self._report[INVERTED].append(example.mask)
-            data = images.encode(picture, self._white)
             yield key, self._record(example.id, example.split, defect, data, mask)
         raw.refuse(wrong)
+
+    def _look(self, example: Example) -> tuple:
+        """A picture, its mask and the record's bytes; None, None and what is wrong with it."""
+        try:
+            picture = images.read_picture(example.image)
+            mask = read_mask(example, picture.levels.shape[:2])
+            return picture, mask, images.encode(picture, self._white)
+        except UserError as error:
+            return None, None, str(error)
 
     def _record(
         self, id_: str, split: str, defect: str, image: bytes, mask: np.ndarray

@@ -1,15 +1,19 @@
 """A category's raw files as a whole: their fingerprint, and all that are wrong in one line."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
+from prn_jax import images
 from prn_jax.datasets import roi
 from prn_jax.datasets.layout import GOOD, Example
 from prn_jax.errors import UserError, shown, shown_first
+from prn_jax.parallel import several_at_a_time
 
 _PIECE, _PIECES = 4096, 5  # bytes that are hashed at a place of an image file, and places
 
@@ -53,6 +57,29 @@ def _read(path: pathlib.Path, whole: bool) -> tuple[int, bytes]:
             file.seek(number * (size - _PIECE) // (_PIECES - 1))
             content += file.read(_PIECE)
         return size, content
+
+
+def find_white(title: str, examples: Sequence[Example]) -> int:
+    """The white of the camera that took the 16-bit files, over normal images; 0 without any."""
+    deep = [x for x in examples if images.is_deep(x.image)]
+    if not deep:
+        return 0
+    normal = [x for x in deep if x.split == "train" and x.defect in (GOOD, None)]
+
+    def highest_of(example):
+        with contextlib.suppress(UserError):  # refused with all others
+            picture = images.read_picture(example.image)
+            return max(picture.declared, int(picture.levels.max(initial=0)))
+        return 0
+
+    highest = max(several_at_a_time(highest_of, normal or deep))
+    white = images.white_level(highest)
+    logging.info(
+        "%s: %d images of more than 8 bits become 8-bit, level %d being white (the highest that is "
+        "declared or found in %d %s images is %d)",
+        title, len(deep), white, len(normal or deep), "normal" if normal else "such", highest,
+    )  # fmt: skip
+    return white
 
 
 def refuse(wrong: list[tuple[pathlib.Path, str]]) -> None:

@@ -219,7 +219,7 @@ def _read(root: bytes) -> list[dict]:
         raw.fingerprint(path, examples)
         builder._start_report(stray)
         builder._region = None
-        builder._white = builder._find_white(examples)
+        builder._white = raw.find_white("cup", examples)
         return [(x.split, made) for x in examples for _, made in builder._generate_examples([x])]
 
 
