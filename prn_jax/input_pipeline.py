@@ -24,6 +24,7 @@ from prn_jax.splits import (
     copies_within,
     leave_out,
     read_split,
+    say_both,
     within,
 )
 from prn_jax.synthesis.foreground import cached_foreground, describe
@@ -154,6 +155,7 @@ def _divide(
     test = leave_out(
         test, copies_within(test), "test images are copies of others of them", f"{category}: "
     )
+    say_both(test, f"{category}: ")
     normal = train.select(train.label == 0)
     defects = {*anomalous.digests, *itertools.compress(test.digests, test.label)}
     normal = leave_out(

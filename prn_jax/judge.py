@@ -18,7 +18,15 @@ from prn_jax.errors import UserError, shown, shown_first
 from prn_jax.identity import as_dict
 from prn_jax.masks import resize_mask
 from prn_jax.predict import Detector
-from prn_jax.splits import Images, copies_within, leave_out, read_split, say_unmarked, within
+from prn_jax.splits import (
+    Images,
+    copies_within,
+    leave_out,
+    read_split,
+    say_both,
+    say_unmarked,
+    within,
+)
 
 Evaluation = dict[str, Any]
 
@@ -119,7 +127,9 @@ def leave_out_trained(found: Images, detector: Detector) -> Images:
     left = leave_out(found, trained, "images were trained on")
     if not len(left):
         raise UserError("all these images were trained on: give others to judge the network on")
-    return leave_out(left, copies_within(left), "images are copies of others of them")
+    left = leave_out(left, copies_within(left), "images are copies of others of them")
+    say_both(left)
+    return left
 
 
 # --- the judgement --------------------------------------------------------------------------------

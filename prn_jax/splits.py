@@ -102,6 +102,19 @@ def copies_within(images: Images) -> list[bool]:
     return [number not in kept for number in range(len(images))]
 
 
+def say_both(images: Images, whose: str = "") -> None:
+    """Warns of pictures that are there as a normal image and as a defect."""
+    labels: dict[str, set[int]] = {}
+    for digest, label in zip(images.digests, images.label):
+        labels.setdefault(digest, set()).add(int(label))
+    both = [id_ for digest, id_ in zip(images.digests, images.id) if len(labels[digest]) > 1]
+    if both:
+        logging.warning(
+            "%s%d images are the same as another of the other kind, normal or anomalous, and stay: "
+            "remove the wrong ones of %s", whose, len(both), shown_first(both),
+        )  # fmt: skip
+
+
 def leave_out(images: Images, out: Sequence[bool], what: str, whose: str = "") -> Images:
     """Those whose entry is false; names the others, of which `what` says why."""
     names = [id_ for id_, is_out in zip(images.id, out) if is_out]

@@ -357,6 +357,14 @@ def test_copies_of_what_is_tested_on_promise_nothing_twice(cup, load, warnings):
     assert any(f"tested on and are left out: {held[0]}" in x for x in warnings())
 
 
+def test_a_picture_that_is_normal_and_a_defect_is_said(cup, load, warnings):
+    assert not [x for x in warnings() if "the other kind" in x]
+    shutil.copy(cup / "test/dent/001.png", cup / "test/good/why.png")
+    assert {"test/dent/001", "test/good/why"} <= set(load().test.id)
+    (said,) = [x for x in warnings() if "the other kind" in x]
+    assert said.endswith("and stay: remove the wrong ones of test/dent/001, test/good/why")
+
+
 def test_each_image_is_held_out_once(cup, load, warnings):
     for number in range(4):  # all normal images are there twice: of what is left, pairs are held
         shutil.copy(cup / f"train/good/00{number}.png", cup / f"train/good/1{number}.png")
