@@ -29,7 +29,7 @@ def main() -> None:
     from prn_jax.errors import UserError
     from prn_jax.export import calibration, check, speed
 
-    sizes = [int(x) for x in BATCH_SIZES.value if x.isdigit() and int(x)]
+    sizes = [int(x) for x in BATCH_SIZES.value if x.isdecimal() and int(x)]
     if len(sizes) != len(BATCH_SIZES.value) or not sizes:
         raise UserError(f"--batch_sizes={','.join(BATCH_SIZES.value)}: give numbers above 0")
     print(", ".join(f"{k} {v}" for k, v in benchmark.describe_device().items()), flush=True)

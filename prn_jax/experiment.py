@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from prn_jax import category, pretrained, results
 from prn_jax import mesh as meshes
 from prn_jax.checkpoints import check_name, holds_checkpoints, newest_identity
-from prn_jax.errors import UserError, as_os_errors, shown
+from prn_jax.errors import UserError, as_os_errors, shown, shown_first
 from prn_jax.fields import checked
 from prn_jax.identity import Identity, as_dict, lock
 from prn_jax.splits import check_num_seen
@@ -75,13 +76,29 @@ def train_and_evaluate(
         raise UserError(
             f"cannot write to --workdir={shown(workdir)}: {error.strerror or error}"
         ) from error
+    failed: dict[str, UserError] = {}
     for name in waiting:
         with config.unlocked():
             config.category = name
-        with _locked(folder / name):
-            metrics[name] = category.train_and_evaluate(
-                config, folder / name, mesh, allow_config_change
-            )
+        try:
+            with _locked(folder / name):
+                metrics[name] = category.train_and_evaluate(
+                    config, folder / name, mesh, allow_config_change
+                )
+        except UserError as error:
+            # Of several processes the others may not know of it.
+            if jax.process_count() > 1 or len(waiting) == 1:
+                raise
+            failed[name] = error
+            logging.error("%s: %s; the other categories go on", name, error)
+        if meshes.is_main() and name not in failed:
+            results.write_table(folder, config.data.name)
+    if failed:
+        some, last = list(failed), next(reversed(failed.values()))
+        raise UserError(
+            f"{len(some)} of {len(names)} categories failed ({shown_first(some)}), which the same "
+            f"command tries again; the last one: {last}"
+        )
     if meshes.is_main():
         results.write_table(folder, config.data.name)
         print(results.render_table(folder, config.data.name), flush=True)
@@ -122,7 +139,7 @@ def finished(
         fingerprint = saved.fingerprint  # what changed in the images the run itself will name
     else:
         return None
-    now = saved.today(config, fingerprint)
+    now = saved.today(config, fingerprint, textures.fingerprint(config))
     saved.check(now, where, step, allow_config_change)
     return None if saved.differences(now) else run
 

@@ -142,8 +142,11 @@ class Identity:
         earlier = run["config"] | {"steps": run.get("steps", -1)}
         return cls.from_json(run.get("identity") or earlier)
 
-    def today(self, config: ConfigDict, fingerprint: str) -> "Identity":
-        """This run with another configuration and data, as far as is known before loading it."""
+    def today(self, config: ConfigDict, fingerprint: str, textures: str = "") -> "Identity":
+        """This run with another configuration and data, as far as is known before loading it.
+
+        Textures that are the same are so wherever they lie; others are left to the run itself.
+        """
         old = self.config
         # What the devices would compute in they are not asked: another process may train on them.
         dtype = self.dtype if config.dtype == "auto" else config.dtype
@@ -152,7 +155,12 @@ class Identity:
         kept = config.epochs == old.get("epochs") and old.get("total_steps", -1) < 0
         steps = config.total_steps if config.total_steps >= 0 else self.steps if kept else -1
         return dataclasses.replace(
-            self, config=as_dict(config), fingerprint=fingerprint, steps=steps, dtype=dtype
+            self,
+            config=as_dict(config),
+            fingerprint=fingerprint,
+            steps=steps,
+            dtype=dtype,
+            textures=textures if textures == self.textures else "",
         )
 
     @property
@@ -180,6 +188,8 @@ class Identity:
             length = [changed[name] for name in ("epochs", "total_steps") if name in changed]
             found += length or [f"its steps were {self.steps}, are {other.steps}"]
         told = ("dtype",) if types_known else ()
+        if self.textures and self.textures == other.textures:
+            told += ("synthesis.textures",)  # where they lie
         return found + [
             text
             for name, text in changed.items()

@@ -92,7 +92,7 @@ def initialize(
 def _meet(coordinator: str, process_id: int, timeout_s: int) -> None:
     """Makes sure that process 0 listens, for JAX aborts the process where nobody answers."""
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={coordinator}: give host:port")
     address = host.strip("[]"), int(port)
     if process_id == 0:

@@ -27,7 +27,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from prn_jax.errors import UserError, first_line, shown_first
+from prn_jax.errors import UserError, first_line, shown, shown_first
 from prn_jax.models.backbone import backbone_spec, create_backbone
 
 Arrays = dict[str, np.ndarray]
@@ -306,11 +306,11 @@ def _conv(
         kernel = kernel.transpose(2, 3, 1, 0).astype(np.float64)
     if norm_eps is None:
         return kernel, arrays.get(f"{conv}.bias")
-    if any(f"{norm}.{part}" not in arrays for part in NORM_PARTS):
-        return None, None  # a conv without its norm is of no use
+    if kernel is None or any(f"{norm}.{part}" not in arrays for part in NORM_PARTS):
+        return None, None  # a conv without its norm is of no use, nor the other way round
     gamma, beta, mean, var = (arrays[f"{norm}.{part}"].astype(np.float64) for part in NORM_PARTS)
     scale = gamma / np.sqrt(var + norm_eps)
-    return None if kernel is None else kernel * scale, beta - mean * scale
+    return kernel * scale, beta - mean * scale
 
 
 def _he_normal(shape: tuple[int, ...], seed: int, path: Path) -> np.ndarray:
@@ -388,12 +388,13 @@ def _read_pytorch(path: pathlib.Path) -> Arrays:
         checkpoint, storages = (_read_zip if is_zip else _read_legacy)(file, path)
     if not isinstance(checkpoint, dict):
         raise ValueError("it holds no dict of tensors")
-    tensors = checkpoint.get("state_dict", checkpoint)
-    return {
-        name: _view(tensor, storages)
-        for name, tensor in tensors.items()
-        if isinstance(tensor, _Tensor)
-    }
+    inner = (checkpoint[name] for name in ("state_dict", "model") if name in checkpoint)
+    tensors = next((x for x in inner if isinstance(x, dict)), checkpoint)
+    found = {k: _view(x, storages) for k, x in tensors.items() if isinstance(x, _Tensor)}
+    if not found:
+        keys = shown_first([str(x) for x in tensors])
+        raise UserError(f"{shown(path)} holds no tensors, but {keys}: save a state dict alone")
+    return found
 
 
 def _read_zip(file: BinaryIO, path: pathlib.Path) -> tuple[Any, Arrays]:

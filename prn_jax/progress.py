@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,6 +74,13 @@ class Progress:
         if step % self._config.log_every == 0 or step == self._steps:
             # All but the newest are done or nearly: the device is never left without work.
             self._report(step, self._fetch(keep=0 if step == self._steps else 1))
+
+    def paused(self, work: Callable, *of: Any) -> None:
+        """Does other work between two steps, which the pace does not count."""
+        began = time.monotonic()
+        work(*of)
+        if self._mark is not None:
+            self._mark = (self._mark[0], self._mark[1] + time.monotonic() - began)
 
     def check(self, step: int) -> None:
         """Raises unless every loss up to this step is finite."""

@@ -161,7 +161,7 @@ def provenance() -> dict[str, Any]:
     """Versions, git revision, devices and the date: what a reader needs to run it again."""
     packages = ("prn-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy",
                 "tensorflow", "tensorflow-cpu", "tensorflow-datasets")  # fmt: skip
-    versions = {name: _version(name) for name in packages}
+    versions = {name: version(name) for name in packages}
     return {
         "versions": {"python": platform.python_version(), **versions},
         "git": _git_revision(),
@@ -176,7 +176,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of a package that is installed by this name; onnxruntime has others, for GPUs."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

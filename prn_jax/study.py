@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -101,6 +102,7 @@ def plan(
         for seed, category in itertools.product(seeds, categories):
             own = changed.copy_and_resolve_references()
             own.seed, own.split_seed, own.category = seed, changed.split_seed + seed, category
+            own = checked(own)
             folder = root / f"{folder_name(variation)}seed_{seed}"
             fields = varied | {"seed": seed, "split_seed": own.split_seed, "category": category}
             command = [sys.executable, "-m", "prn_jax", "train", *overrides, f"--workdir={folder}"]
@@ -274,7 +276,9 @@ def _start(run: StudyRun, slot: int, parallel: int) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | _devices(slot, parallel) | {"PYTHONPATH": os.pathsep.join(path)},
+            env=os.environ
+            | _devices(slot, parallel, run.config.batch_size)
+            | {"PYTHONPATH": os.pathsep.join(path)},
             preexec_fn=_die_with_parent,
             close_fds=False,  # the lock stays held while a run is still saving
         )
@@ -286,7 +290,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _devices(slot: int, parallel: int) -> dict[str, str]:
+def _devices(slot: int, parallel: int, batch_size: int) -> dict[str, str]:
     """The environment that gives each of several processes its own accelerators."""
     if parallel == 1:
         return {}
@@ -310,9 +314,11 @@ def _devices(slot: int, parallel: int) -> dict[str, str]:
         gpus = [str(i) for i in range(count)]
     if not gpus:
         return {}
-    # More processes than GPUs share them: none may then take all of the memory.
     share = gpus[slot::parallel] or [gpus[slot % len(gpus)]]
-    fraction = min(1.0, len(gpus) / parallel) * 0.9
+    while batch_size % len(share):  # each takes an equal part of a batch
+        share.pop()
+    # More processes than GPUs share them: none may then take all of the memory.
+    fraction = 0.9 / math.ceil(parallel / len(gpus))
     return {
         "CUDA_VISIBLE_DEVICES": ",".join(share),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.2f}",
@@ -381,6 +387,8 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         name = argument.lstrip("-").split("=")[0]
+        if name == "vary" and "=" not in argument:
+            del rest[:1]  # its value may begin with --config., see `vary`
         # --noconfig.FIELD is absl's way to say that a field is false.
         if not argument.startswith("-") or not (is_ours(name) or is_ours(name.removeprefix("no"))):
             continue

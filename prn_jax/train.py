@@ -370,7 +370,7 @@ def train(
                     termination.number,
                 )
             if evaluating:
-                evaluate(step, model, state.network | frozen)
+                progress.paused(evaluate, step, model, state.network | frozen)
         if start < steps and jax.process_count() == 1 and termination.requested():
             checkpoints.wait()
             raise Interrupted(

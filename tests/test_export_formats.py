@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import logging
 import sys
+import types
 
 import absl.logging
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 from ml_collections import ConfigDict
+from PIL import Image, PngImagePlugin
 
 import prn_jax
 from prn_jax import export, images, input_pipeline, train
@@ -180,6 +183,20 @@ def test_the_golden_set_says_what_each_image_is(tmp_path):
     for row, number in zip(rows, (1, 2, 0), strict=True):
         np.testing.assert_array_equal(np.load(tmp_path / "golden" / row["map"]), maps[number])
         assert (images.read_array(tmp_path / "golden" / row["image"]) == 9 * number).all()
+
+
+def test_an_export_that_ends_without_a_word_is_explained(tmp_path):
+    runner = types.SimpleNamespace(RUNNER="os.kill(os.getpid(), 9)")
+    with pytest.raises(UserError, match="signal 9 ended it; was there memory enough"):
+        check.run("onnx", runner, tmp_path, [images.encode_png(np.zeros((4, 5), np.uint8))], 1)
+    # Images may be as large, and say as much, as the user's own.
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "a" * 2**21, zip=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(buffer, "PNG", pnginfo=info)
+    runner.RUNNER = "run = lambda x: (x[..., 0].astype(float), x.max((1, 2, 3)), x.max((1, 2, 3)))"
+    found = check.run("onnx", runner, tmp_path, [buffer.getvalue()], 1)
+    assert found.maps.shape == (1, 4, 5)
 
 
 def test_the_size_of_a_camera_is_height_and_width():

@@ -69,6 +69,18 @@ def test_what_differs_is_named_and_refused(name):
         assert make().check(make(**changes), "the checkpoint", allow=True).changes
 
 
+def test_the_same_textures_may_lie_elsewhere():
+    moved = changed(**{"synthesis.textures": "/mnt/dtd"})
+    assert not make().differences(make(config=moved))
+    config = default.get_config()
+    config.synthesis.textures = "/mnt/dtd"
+    assert not make().differences(make().today(config, "f00d", "f00d"))
+    for other in ("beef", ""):  # nor are others the same because the path is
+        assert "synthesis.textures was" in str(
+            make().differences(make().today(config, "f00d", other))
+        )
+
+
 def test_what_was_trained_on_never_says_what_a_threshold_promises():
     held = make(changed_config := default.get_config(), held=("train/good/1",))
     changed_config.data.holdout = 0.1

@@ -217,6 +217,14 @@ def test_stage4_takes_what_the_file_has(shared):
         pretrained.load_backbone("resnet18", str(path), train_stage4=False, seed=0)
 
 
+def test_a_conv_that_is_absent_begins_afresh_whatever_its_norm_was(load, resnet18):
+    without = {k: v for k, v in resnet18.items() if k != "layer4.0.conv1.weight"}
+    conv = load(without)["params"]["layer4_0"]["conv1"]
+    assert not conv["bias"].any()
+    random = pretrained.load_backbone("resnet18", "random", train_stage4=True, seed=0)
+    np.testing.assert_array_equal(conv["kernel"], random["params"]["layer4_0"]["conv1"]["kernel"])
+
+
 def test_a_stage4_that_is_not_used_may_be_absent_without_a_word(load, resnet18, monkeypatch):
     monkeypatch.setattr(logging, "info", None)
     whole = load(resnet18)

@@ -36,6 +36,12 @@ def test_a_run_of_a_study_may_go_on_with_a_change(tmp_path):
     assert not any("--allow_config_change" in x.command for x in make_plan(tmp_path))
 
 
+def test_a_seed_that_no_run_takes_is_refused_at_once(tmp_path):
+    config = make_plan(tmp_path)[0].config
+    with pytest.raises(UserError, match="seed=20240101123: give"):
+        study.plan(config, CATEGORIES, (20240101123,), tmp_path, [])
+
+
 def finish(run, value):
     found = {
         "category": run.category,
@@ -64,6 +70,8 @@ def test_overrides_are_passed_on_and_other_flags_are_not():
     given = ["--config", "configs/a.py", "--config.x=1", "--seeds=0", "--config.y", "2", "--slurm"]
     kept = study.overrides_of(given)
     assert kept == ["--config", "configs/a.py", "--config.x=1", "--config.y", "2"]
+    vary = ["--vary", "--config.x=0,3", "--vary=config.y=1,2", "--config.z=4"]
+    assert study.overrides_of(vary) == ["--config.z=4"]
     for given in (["--noconfig.x"], ["-noconfig.x"]):
         assert study.overrides_of(given) == given
 
@@ -191,13 +199,21 @@ def test_two_studies_do_not_share_a_folder(tmp_path):
 
 
 def test_devices_are_shared_out(monkeypatch):
-    assert study._devices(0, 1) == {}
+    assert study._devices(0, 1, 64) == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert study._devices(1, 2)["CUDA_VISIBLE_DEVICES"] == "5,7"
-    assert study._devices(5, 8)["CUDA_VISIBLE_DEVICES"] == "5"
-    assert float(study._devices(5, 8)["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 0.5
+    assert study._devices(1, 2, 64)["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert study._devices(5, 8, 64)["CUDA_VISIBLE_DEVICES"] == "5"
+    for count, parallel in ((4, 5), (2, 3), (3, 8), (8, 3), (4, 4)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+        taken = np.zeros(count)
+        for slot in range(parallel):
+            found = study._devices(slot, parallel, 64)
+            mine = found["CUDA_VISIBLE_DEVICES"].split(",")
+            assert 64 % len(mine) == 0
+            taken[[int(x) for x in mine]] += float(found["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+        assert 0 < taken.max() <= 0.91
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert study._devices(0, 2) == {}
+    assert study._devices(0, 2, 64) == {}
 
 
 def test_the_job_array_is_a_script_that_names_every_run(tmp_path):

@@ -116,12 +116,12 @@ def tensors() -> collections.OrderedDict:
 
 
 @WRITERS
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", ["", "state_dict", "model"])
 def test_pytorch_files(tmp_path, fake_torch, write, wrapped):
     state = tensors()
     value = state
     if wrapped:
-        value = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}
+        value = {"epoch": 3, wrapped: {f"module.{k}": v for k, v in state.items()}}
     write(tmp_path / "a.pth", value)
     arrays = pretrained.read_arrays(tmp_path / "a.pth")
     assert list(arrays) == list(state)
@@ -129,6 +129,13 @@ def test_pytorch_files(tmp_path, fake_torch, write, wrapped):
         expected = tensor.numpy()
         assert arrays[name].dtype == expected.dtype
         np.testing.assert_array_equal(arrays[name], expected)
+
+
+@WRITERS
+def test_tensors_under_other_keys_are_not_a_wrong_network(tmp_path, fake_torch, write):
+    write(tmp_path / "a.pth", {"student": tensors(), "state_dict": None, "epoch": 3})
+    with pytest.raises(UserError, match=r"no tensors, but student, state_dict, epoch: save a st"):
+        pretrained.read_arrays(tmp_path / "a.pth")
 
 
 def test_all_formats_agree(tmp_path, fake_torch):

@@ -8,7 +8,6 @@ description, `NAME.json`, and a golden set, `NAME.golden`; `place` says what may
 """
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -186,19 +185,19 @@ def _about(
     provenance = results.provenance()
     versions = provenance["versions"]
     needed = [name for name in FORMATS[kind].NEEDS if name not in versions]
-    size = list(detector.image_size)
+    size, many = list(detector.image_size), batch_size or "any"
     exact = is_exact(kind, int8)
     return {
         "category": detector.config.category,
         "step": detector.step,
         "input": {"name": "image", "type": "uint8", "channels": "RGB", "white_level": 255,
-                  "shape": [batch_size or "any", *(given or size), 3],
+                  "shape": [many, *(given or size), 3],
                   "white_level_of_files": detector.white_level or 255},
         "network_size": size,
-        "outputs": {"map": ["float32", "any", *size], "score": ["float32", "any"],
-                    "distance": ["float32", "any"]},
+        "outputs": {"map": ["float32", many, *size], "score": ["float32", many],
+                    "distance": ["float32", many]},
         "rounded": None if exact else "8-bit convolutions" if int8 else "float16 weights",
         "thresholds": detector.thresholds,
         "git": provenance["git"],
-        "versions": versions | {name: importlib.metadata.version(name) for name in needed},
+        "versions": versions | {name: results.version(name) for name in needed},
     }  # fmt: skip

@@ -35,7 +35,9 @@ _ENLARGED = 16  # test images that are enlarged to a camera's size, at most
 _BEFORE = """
 import os, sys, time
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
+Image.MAX_IMAGE_PIXELS = None  # as `images` has them
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 path, folder, output, size = *sys.argv[1:4], int(sys.argv[4])
 """
 _AFTER = """
@@ -206,12 +208,15 @@ def run(
             [sys.executable, "-c", code, str(path.resolve()), str(given), str(found), str(batch)],
             cwd=folder,
             env=os.environ
-            | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"},
+            | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"}
+            | {"JAX_TRACEBACK_FILTERING": "off"},  # its note of that would be the last line
             capture_output=True,
             text=True,
         )
         if result.returncode:
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+            if result.returncode < 0:  # by the system, where there is no memory left
+                last = f"signal {-result.returncode} ended it; was there memory enough?"
             raise UserError(f"the {kind} export does not run in its own runtime: {last}")
         with np.load(found) as stored:
             figures = (float(stored[x]) for x in ("images_per_s", "memory_mb"))

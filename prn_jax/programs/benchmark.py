@@ -72,7 +72,7 @@ def main() -> None:
 def _positive(text: str) -> int:
     from prn_jax.errors import UserError
 
-    if not str(text).isdigit() or int(text) < 1:
+    if not str(text).isdecimal() or int(text) < 1:
         raise UserError(f"--batch_sizes: {text!r} is not a number greater than 0")
     return int(text)
 

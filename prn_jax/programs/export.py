@@ -72,7 +72,7 @@ def _size(texts: list[str]) -> tuple[int, int] | None:
 
     if not texts:
         return None
-    if len(texts) != 2 or not all(x.isdigit() and int(x) for x in texts):
+    if len(texts) != 2 or not all(x.isdecimal() and int(x) for x in texts):
         raise UserError(f"--input_size={','.join(texts)}: give height,width in pixels")
     return int(texts[0]), int(texts[1])
 

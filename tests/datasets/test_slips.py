@@ -14,7 +14,7 @@ from configs import default
 from prn_jax import datasets, errors, experiment, fields, images, input_pipeline, pictures
 from prn_jax.errors import UserError
 from prn_jax.masks import read_mask_file
-from tests import trees
+from tests import tiny, trees
 
 
 @pytest.fixture
@@ -308,3 +308,20 @@ def test_a_lower_case_mask_of_kolektor_is_asked_about(tmp_path):
 
 def test_names_are_compared_in_one_form():
     assert errors.normal_form("a\u0308") == "ä"
+
+
+@pytest.mark.slow
+def test_a_broken_product_stops_no_other(tmp_path, caplog):
+    config = tiny.run_config(tmp_path, size=(64, 64), train=4, total_steps=1)
+    for name in ("cable", "pill"):
+        trees.make_mvtec(tmp_path / "raw", name, defects={"broken": 3}, size=(64, 64))
+    path = tmp_path / "raw/cable/train/good/001.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    config.category = "all"
+    with pytest.raises(UserError, match=r"1 of 3 categories failed \(cable\).*the last one: .*001"):
+        experiment.train_and_evaluate(config, str(tmp_path / "work"))
+    assert "cable: " in caplog.text
+    table = (tmp_path / "work/results.md").read_text()
+    assert "| bottle |" in table
+    assert "| pill |" in table
+    assert "cable" not in table
