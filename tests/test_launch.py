@@ -1,6 +1,8 @@
 """The cluster scripts, with stand-ins for gcloud and Slurm that run everything on this machine."""
 
+import contextlib
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -32,7 +34,7 @@ printf '%s\\n' "$*" >> ../calls
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > srun_arguments
 trap 'kill $!; echo saved; exit "$SAVED"' TERM
-[[ $SAVED ]] && { sleep 30 & echo $$ > srun_pid; wait; }
+[[ $SAVED ]] && { sleep 30 > /dev/null & echo $$ > srun_pid; wait; }
 exit 3
 """
 SCANCEL = """#!/usr/bin/env bash
@@ -48,6 +50,16 @@ def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
+
+
+def running_in(folder):
+    """Names of the processes that work in a folder."""
+    names = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if (process / "cwd").readlink() == folder:
+                names.append((process / "comm").read_text().strip())
+    return names
 
 
 def eventually(happened, seconds=20):
@@ -159,6 +171,7 @@ def test_a_slurm_job_saves_and_queues_itself_again_before_its_time_is_up(saved, 
     eventually(lambda: (tmp_path / "srun_pid").exists())
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=20)
+    eventually(lambda: "bash" not in running_in(tmp_path))  # nothing queues it later
     # Not when it could not save, or had come to its end.
     assert process.returncode == int(saved)
     assert "saved" in output
