@@ -139,7 +139,10 @@ def finished(
         fingerprint = saved.fingerprint  # what changed in the images the run itself will name
     else:
         return None
-    now = saved.today(config, fingerprint, textures.fingerprint(config))
+    # Where they lie as before, the run itself will look at them.
+    moved = saved.config.get("synthesis", {}).get("textures") != config.synthesis.textures
+    found = textures.fingerprint(config) if moved else saved.textures
+    now = saved.today(config, fingerprint, found)
     saved.check(now, where, step, allow_config_change)
     return None if saved.differences(now) else run
 

@@ -142,11 +142,8 @@ class Identity:
         earlier = run["config"] | {"steps": run.get("steps", -1)}
         return cls.from_json(run.get("identity") or earlier)
 
-    def today(self, config: ConfigDict, fingerprint: str, textures: str = "") -> "Identity":
-        """This run with another configuration and data, as far as is known before loading it.
-
-        Textures that are the same are so wherever they lie; others are left to the run itself.
-        """
+    def today(self, config: ConfigDict, fingerprint: str, textures: str) -> "Identity":
+        """This run with other fields, data and textures, as far as is known before loading it."""
         old = self.config
         # What the devices would compute in they are not asked: another process may train on them.
         dtype = self.dtype if config.dtype == "auto" else config.dtype
@@ -160,7 +157,7 @@ class Identity:
             fingerprint=fingerprint,
             steps=steps,
             dtype=dtype,
-            textures=textures if textures == self.textures else "",
+            textures=textures,
         )
 
     @property

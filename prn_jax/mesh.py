@@ -220,7 +220,7 @@ def varying(tree: Tree) -> Tree:
     """Inside a mapped function: replicated arrays as each device's own.
 
     What is differentiated by them is summed over the devices in their type, and not in a smaller
-    one to which they are rounded.
+    one to which they are rounded. Where they are not, it changes the order of sums alone.
     """
     return jax.lax.pcast(tree, "data", to="varying")
 

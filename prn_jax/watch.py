@@ -62,7 +62,11 @@ def _arrivals(folder, done, every, sleep):
                     yield path
         if now:  # else the folder may be away
             there = {path.parent for path in now}
-            away = [path for path in done if path.parent not in there]  # so may be one in it
+            away = [  # so may be one in it
+                path
+                for path in done
+                if path.parent not in there and not any(path.is_relative_to(x) for x in closed)
+            ]
             gone = {path for path in done if path.parent in there and path not in now}
             for path in gone.union(away[:-_REMEMBERED]):
                 del done[path]

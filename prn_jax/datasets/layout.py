@@ -198,16 +198,10 @@ def scan_folders(
         name: [list_images(own[name], stray) if name in own else {} for own in folders.values()]
         for name in sorted({name for own in folders.values() for name in own})
     }
-    others = {x.rsplit("/", 1)[-1] for name in listed for x in listed[name][0]
-              if not _MASK_FOLDER.match(name)}  # fmt: skip
+    defects = (found for name, (found, _) in listed.items() if not _MASK_FOLDER.match(name))
+    others = {x for found in defects for x in _by_name(found)}
     for name, (found, masks) in listed.items():
-        plain = {_MASK_WORD.sub("", x.rsplit("/", 1)[-1]) for x in found}
-        if found and not masks and _MASK_FOLDER.match(name) and plain <= others:
-            raise UserError(
-                f"{shown(folder / 'test' / name)}: is this a folder of masks? They lie in "
-                f"{shown(folder / parts[2])}; if it is a defect, call it otherwise"
-            )
-        _check_names(folder, name, normal, found, masks, suffixes)
+        _check_names(folder, name, normal, found, masks, suffixes, others)
         free = {x.lower(): x for x, (images_, own) in listed.items() if images_ and not own}
         alike = difflib.get_close_matches(name.lower(), free.keys() - {normal}, n=1)
         if masks and not found and alike:
@@ -304,8 +298,12 @@ def _check_names(
     found: dict[str, pathlib.Path],
     masks: dict[str, pathlib.Path],
     suffixes: tuple[str, ...],
+    others: set[str],
 ) -> None:
-    """Asks about the likely slips: normal images or masks among the defective images."""
+    """Asks about the likely slips: normal images or masks among the defective images.
+
+    `others` are the names, without folders, of test images in folders that are not called as masks.
+    """
     if name == normal:
         check_normal(found)
         return
@@ -316,6 +314,12 @@ def _check_names(
             f"and defects are not called so; rename it {shown(folder / 'test' / normal)}"
         )
     named = _by_name(found)
+    plain = {_MASK_WORD.sub("", x) for x in named}
+    if plain and plain <= others and not masks and _MASK_FOLDER.match(name):
+        raise UserError(
+            f"{shown(path)}: is this a folder of masks? They lie in "
+            f"{shown(folder / 'ground_truth')}; if it is a defect, call it otherwise"
+        )
     for stem, image in found.items():
         has_mask = any(stem + suffix in masks for suffix in suffixes)
         if not has_mask and (plain := _image_of(stem, found, named)) is not None:

@@ -208,8 +208,12 @@ def run(
             [sys.executable, "-c", code, str(path.resolve()), str(given), str(found), str(batch)],
             cwd=folder,
             env=os.environ
-            | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"}
-            | {"JAX_TRACEBACK_FILTERING": "off"},  # its note of that would be the last line
+            | {
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "PYTHONPATH": "",
+                "JAX_PLATFORMS": "cpu",
+                "JAX_TRACEBACK_FILTERING": "off",  # its note of that would be the last line
+            },
             capture_output=True,
             text=True,
         )
